@@ -5,9 +5,11 @@ killed process or a full disk never leaves a truncated file where a good one is 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,9 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
     The temporary file lies in the same folder (a rename across file systems is not atomic), keeps the suffix (NumPy
     appends one where it is missing), and is flushed to disk before the rename. Parent folders are made.
+
+    Raises:
+        OSError: the disk filled up while writing; whatever stood at `path` before is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +32,12 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        free = shutil.disk_usage(path.parent).free
+        if free < 1 << 20:
+            reason = f"the disk filled up ({free} bytes are left); free some space and run the same command again"
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,58 @@
+"""Files are whole or absent, also when writing fails half-way or the disk is full."""
+
+import hashlib
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from memory.files import atomic, sha256, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    write_json(path, {"a": 1})
+
+    def interrupted():
+        with atomic(path) as temporary:
+            temporary.write_text("half of a fi")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_sha256_is_the_hash_of_the_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"snippet" * 1_000_000)
+    assert sha256(tmp_path / "x") == hashlib.sha256(b"snippet" * 1_000_000).hexdigest()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, where mounting is allowed."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: np.save(path, x.numpy())], ids=["torch", "numpy"])
+def test_a_full_disk_is_named_and_truncates_nothing(small_disk, save):
+    path = small_disk / "weights.npy"
+    with atomic(path) as temporary:
+        save(torch.zeros(100), temporary)
+    before = path.read_bytes()
+
+    def fill():
+        with atomic(path) as temporary:
+            save(torch.zeros(1_000_000), temporary)
+
+    with pytest.raises(OSError, match="disk filled up"):
+        fill()
+    assert path.read_bytes() == before
+    assert list(small_disk.iterdir()) == [path]
