@@ -1,0 +1,100 @@
+"""How fast a store is read: ImageNet-shaped moments and features, in batches, from the page cache.
+
+    taskset -c 0,1 python -m benchmarks.bench_data
+
+Makes a store of random moments (8×32×32 float16) and 768 float16 features, which leaves it in the page cache, then
+takes seeded batches through `LatentDataset` as training does: by direct calls and by a DataLoader with 0, 1 and 2
+workers, the tensors arriving in the training process. The target is 30,000 samples/s on two cores.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import FORMAT, META, LatentDataset, StepSampler, layout
+from memory.files import write_json
+
+FEATURES = "random"
+
+
+def make_store(folder: Path, num_images: int) -> None:
+    """Write a complete store of random finite moments and features; the content does not change the speed."""
+    meta = {"format": FORMAT, "num_images": num_images, "num_views": 1, "image_size": 256, "image_channels": 3}
+    meta["codec"] = {"name": "random", "moments_shape": [8, 32, 32], "dtype": "float16"}
+    meta |= {"encoders": {FEATURES: {"dim": 768}}, "patches": {}, "has_images": False, "complete": True}
+    rng = np.random.default_rng(0)
+    for file, (shape, dtype) in layout(meta).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(folder / file, "w+", dtype, shape)
+        for row in range(0, num_images, 4096):
+            array[row : row + 4096] = rng.random(array[row : row + 4096].shape, np.float32)
+    write_json(folder / META, meta)
+
+
+def samples_per_second(batches: Iterable[dict], warm_up: int) -> float:
+    """Rate of all batches after the first `warm_up`."""
+    samples = 0
+    for step, batch in enumerate(batches):
+        if step == warm_up:
+            begin = time.perf_counter()
+        elif step > warm_up:
+            samples += len(batch["moments"])
+    return samples / (time.perf_counter() - begin)
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-images", type=int, default=131072, help="rows of the random store (18 KB each)")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples a batch")
+    parser.add_argument("--steps", type=int, default=2048, help="batches to take; the first quarter is not timed")
+    parser.add_argument("--folder", help="where to put the random store (default: the temporary directory)")
+    parser.add_argument("--out", default="benchmarks/results/data.json", help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    folder, rates = Path(tempfile.mkdtemp(dir=arguments.folder)), {}
+    try:
+        make_store(folder, arguments.num_images)
+        for reader in ("direct calls", 0, 1, 2):
+            dataset = LatentDataset(folder, FEATURES)
+            sampler = StepSampler(len(dataset), arguments.batch_size, 1, seed=0, start=0, stop=arguments.steps)
+            if reader == "direct calls":
+                batches = (dataset[address] for address in sampler)
+            else:
+                batches = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=reader)
+                reader = f"DataLoader, {reader} workers"
+            rates[reader] = round(samples_per_second(batches, arguments.steps // 4))
+            print(f"{reader:24s} {rates[reader]:10,d} samples/s")
+    finally:
+        shutil.rmtree(folder)
+    result = {
+        "samples_per_second": rates,
+        "batch_size": arguments.batch_size,
+        "num_images": arguments.num_images,
+        "device": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "command": "python -m benchmarks.bench_data " + " ".join(sys.argv[1:] if argv is None else argv),
+        "date": date.today().isoformat(),
+    }
+    write_json(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
