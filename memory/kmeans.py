@@ -1,0 +1,239 @@
+"""Exact spherical k-means on tensors: the same bits from one process or many, on any device, with any block size.
+
+Feature rows and centroids are unit vectors whose components are rounded to multiples of 2⁻²⁴. A cosine of two such
+rows is a multiple of 2⁻⁴⁸ below 2, and a sum of rows a multiple of 2⁻²⁴ below their number: float64 holds both exactly
+for up to 2²⁹ rows, so the order of summation cannot matter. Assignments come from float32 matrix products; a row whose
+two best cosines lie closer than float32's error bound is decided again in float64. What is left, lengths and
+quotients, is computed in an order of its own (`ordered_sum`).
+
+Memory for N rows on this process: features in float32 (4·N·F bytes), centroids before and after an update in float32
+and their sums in float64 (16·K·F in all: 7.9 GB at K = 640,000, F = 768), and one block of scores; never N × K.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+GRID = 2.0**24
+BLOCK = {"cpu": (2048, 2048), "cuda": (16384, 32768)}  # rows × centroids of one product; no result depends on it
+ROWS = 4096  # rows whose float64 copy is held at once
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """Centroids (K, F) float32 of unit length, counts (K,) long over all processes, assignment (N,) long of this
+    process's rows to these centroids, and inertia: Σ(2 − 2 x·c) over all rows after each pass, never rising."""
+
+    centroids: torch.Tensor
+    counts: torch.Tensor
+    assignment: torch.Tensor
+    inertia: list[float]
+
+
+class Shards:
+    """Where this process's rows lie among all rows: each process holds one contiguous slice, in the order of ranks."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.distributed = dist.is_available() and dist.is_initialized()
+        sizes = torch.tensor([rows], device=device)
+        if self.distributed:
+            sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=device)
+            sizes[dist.get_rank()] = rows
+        self.sizes = self.sum(sizes).tolist()
+        self.start = sum(self.sizes[: dist.get_rank()]) if self.distributed else 0
+        self.stop = self.start + rows
+        self.total = sum(self.sizes)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add `values` over all processes, in place."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values
+
+    def whole(self, local: torch.Tensor) -> torch.Tensor:
+        """Values (N, …) of all rows from each process's (n, …), on every process."""
+        everyone = local.new_zeros(self.total, *local.shape[1:])
+        everyone[self.start : self.stop] = local
+        return self.sum(everyone)
+
+    def rows(self, local: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The rows (M, …) of all processes' (N, …) whose global numbers are `wanted` (M,), on every process."""
+        found = local.new_zeros(len(wanted), *local.shape[1:])
+        mine = ((wanted >= self.start) & (wanted < self.stop)).nonzero().squeeze(1)
+        found[mine] = local[wanted[mine] - self.start]
+        return self.sum(found)
+
+
+def ordered_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum (..., n) over the last dimension by adding halves: the same bits on every device and with any threads."""
+    width = 1 << (values.shape[-1] - 1).bit_length()
+    values = torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+    while values.shape[-1] > 1:
+        values = values[..., : values.shape[-1] // 2] + values[..., values.shape[-1] // 2 :]
+    return values[..., 0]
+
+
+def normalised(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (N, F) of any float type to unit length, float32, rounded to multiples of 2⁻²⁴ (see the top of this file).
+
+    A row of zeros becomes NaN; `undirected` finds such rows beforehand.
+    """
+    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for some, out in zip(rows.split(ROWS), unit.split(ROWS), strict=True):
+        wide = some.double()
+        length = ordered_sum(wide * wide).sqrt()
+        out.copy_((wide / length[:, None] * GRID).round() / GRID + 0.0)  # + 0.0 makes -0.0 the one zero
+    return unit
+
+
+def undirected(rows: torch.Tensor) -> torch.Tensor:
+    """Flags (N,) of the rows (N, F) without a direction: all zeros, or with NaN or infinity."""
+    return torch.cat([~(some.isfinite().all(1) & some.any(1)) for some in rows.split(ROWS)])
+
+
+def refuse(name: str, flags: torch.Tensor, start: int = 0) -> None:
+    """Raise ValueError for `undirected` rows of what `name` says, giving the first of their numbers, from `start`."""
+    bad = flags.nonzero().squeeze(1).tolist()
+    if bad:
+        first = ", ".join(str(start + row) for row in bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise ValueError(
+            f"{name}: a row of zeros, or with NaN or infinity, has no direction (rows {first}); "
+            "remove such rows or compute them again"
+        )
+
+
+def cosines(features: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Exact cosines (N,) float64 of normalised rows (N, F) and the rows `index` (N,) of normalised centroids (K, F)."""
+    pairs = zip(features.split(ROWS), index.split(ROWS), strict=True)
+    return torch.cat([(some.double() * centroids[at].double()).sum(1) for some, at in pairs])
+
+
+def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The nearest centroid (N,) long by cosine, the lowest number among equals: features (N, F), centroids (K, F).
+
+    Both must be `normalised`. The answer is exact. A float32 product of F terms is off by at most F·2⁻²⁴ (1 + F·2⁻²⁴)
+    times the product of the lengths, whatever the order of summation (Higham, Accuracy and Stability, §3.1); rows whose
+    best two scores are closer than twice that are scored again in float64, where cosines of such rows have no error.
+    """
+    rows, columns = BLOCK[features.device.type]
+    margin = 2.01 * features.shape[1] / GRID
+    index = torch.empty(len(features), dtype=torch.long, device=features.device)
+    unsure = torch.empty(len(features), dtype=torch.bool, device=features.device)
+    with _full_precision():
+        for start in range(0, len(features), rows):
+            some = slice(start, start + rows)
+            best, second, index[some] = _best_two(features[some], centroids, columns)
+            unsure[some] = best - second <= margin
+    for some in unsure.nonzero().squeeze(1).split(rows):
+        _, _, index[some] = _best_two(features[some].double(), centroids, columns)
+    return index
+
+
+def _best_two(
+    features: torch.Tensor, centroids: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Best and second-best score (n,) of each row, and the best one's number, computed in the features' precision."""
+    best = features.new_full((len(features),), -torch.inf)
+    second = best.clone()
+    index = torch.zeros(len(features), dtype=torch.long, device=features.device)
+    for start in range(0, len(centroids), columns):
+        scores = features @ centroids[start : start + columns].to(features.dtype).T  # (n, columns)
+        top, at = scores.max(1)  # the first of equals
+        runner_up = scores.scatter_(1, at[:, None], -torch.inf).amax(1)
+        second = torch.maximum(torch.minimum(best, top), torch.maximum(second, runner_up))
+        index = torch.where(top > best, at + start, index)
+        best = torch.maximum(best, top)
+    return best, second, index
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Switch off TF32 and bfloat16 inside float32 products: the error bound of `assign` counts on float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def kmeans(
+    features: torch.Tensor,
+    k: int,
+    iterations: int,
+    seed: int = 0,
+    init: torch.Tensor | None = None,
+    on_pass: Callable[[float], None] | None = None,
+) -> KMeansResult:
+    """Spherical k-means (Dhillon & Modha 2001): Lloyd's passes on unit vectors, centroids renormalised in each.
+
+    features (N, F) float of any length but zero; where torch.distributed is initialised, this process's contiguous
+    slice of them, and every process gets the same result but for its own `assignment`. Starts from `init` (k, F), or
+    from k distinct rows drawn with `seed`; `iterations=0` returns these. An empty cluster restarts at the row farthest
+    from its centroid (the next empty one at the next farthest; the first of equals). `on_pass` is called with the
+    inertia after every pass. Raises ValueError for k outside 1..N, negative iterations, a wrong shape, and rows of
+    zeros or with NaN or infinity, with their numbers.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"features: expected floats (N, F), got {features.dtype} {tuple(features.shape)}")
+    shards = Shards(len(features), features.device)
+    if not 1 <= k <= shards.total:
+        raise ValueError(f"k = {k}: expected 1 to {shards.total}, the number of feature rows")
+    if iterations < 0:
+        raise ValueError(f"iterations = {iterations}: expected 0 or more")
+    refuse("features", shards.whole(undirected(features).long()))
+    features = normalised(features)
+    if init is None:
+        chosen = torch.randperm(shards.total, generator=torch.Generator().manual_seed(seed))[:k]
+        centroids = shards.rows(features, chosen.to(features.device))
+    else:
+        if init.shape != (k, features.shape[1]):
+            raise ValueError(f"init: expected shape ({k}, {features.shape[1]}), got {tuple(init.shape)}")
+        refuse("init", undirected(init))
+        centroids = normalised(init.to(features.device))
+
+    inertia = []
+    assignment = assign(features, centroids)
+    for _ in range(iterations):
+        centroids = _updated(features, centroids, assignment, shards)
+        assignment = assign(features, centroids)
+        inertia.append(_inertia(cosines(features, centroids, assignment), shards))
+        if on_pass is not None:
+            on_pass(inertia[-1])
+    counts = shards.sum(torch.bincount(assignment, minlength=k))
+    return KMeansResult(centroids, counts, assignment, inertia)
+
+
+def _updated(features: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Centroids (K, F) of the clusters given by `assignment` (N,), and restarts for those without members."""
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=features.device)
+    for some, index in zip(features.split(ROWS), assignment.split(ROWS), strict=True):
+        sums.index_add_(0, index, some.double())
+    shards.sum(sums)
+    counts = shards.sum(torch.bincount(assignment, minlength=len(centroids)))
+
+    # Rounding to the grid can make a mean a worse centre than the centre before it. It replaces the old one only if it
+    # is better by more than the error of these two float64 sums; this is what keeps the inertia from ever rising.
+    updated = torch.empty_like(centroids)
+    for start in range(0, len(centroids), ROWS):
+        some = slice(start, start + ROWS)
+        old, new = centroids[some], normalised(sums[some])
+        gain = ordered_sum(sums[some] * new) - ordered_sum(sums[some] * old)
+        updated[some] = torch.where((gain > counts[some] * 2.0**-48)[:, None], new, old)
+
+    empty = (counts == 0).nonzero().squeeze(1)
+    if len(empty):
+        everyone = shards.whole(cosines(features, centroids, assignment))
+        updated[empty] = shards.rows(features, everyone.argsort(stable=True)[: len(empty)])
+    return updated
+
+
+def _inertia(cosine: torch.Tensor, shards: Shards) -> float:
+    """Σ(2 − 2 x·c) over all processes from exact cosines (n,): summed as integers, so that not a bit is lost."""
+    units = (cosine * GRID * GRID).long()  # multiples of 2⁻⁴⁸
+    parts = shards.sum(torch.stack([(units >> 24).sum(), (units & (2**24 - 1)).sum()])).tolist()
+    total = (parts[0] << 24) + parts[1]
+    return max(0.0, (shards.total * 2**48 - total) / 2**47)  # rounded lengths can exceed 1 by 1e-7
