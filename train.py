@@ -1,0 +1,708 @@
+"""Train a SiT by flow matching on a store of latents, conditioned on the snippets of a memory bank.
+
+    python train.py --store data/NAME --bank banks/NAME --out runs/NAME
+    torchrun --nproc-per-node 8 train.py --store data/imagenet256 --bank banks/imagenet256 --out runs/gmem-xl
+
+The defaults are GMem's network with REPA's optimiser recipe. The same command again continues where the last checkpoint
+stands and repeats an uninterrupted run, because every random number of a step depends on (seed, step) alone.
+
+Reads   the store (scripts/encode_dataset.py) and the bank (memory/build_bank.py)
+Writes  OUT/config.json           the command's settings
+        OUT/checkpoints/*.pt      full states, the last `--keep`; *-ema.pt snapshots, never deleted
+        OUT/log.jsonl             a line every `--log-every` steps, and one for each held-out evaluation
+        OUT/samples/*.png         images from fixed noise and snippets
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from dataset import LatentDataset, StepSampler, rows_of_step, stage
+from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
+from memory.bank import MemoryBank
+from memory.files import atomic, sha256, write_json
+from models.autoencoder import check_codec, latents_from_moments, load_codec, to_uint8
+from models.checkpoint import init_weights, load_state, read_checkpoint
+from models.encoder import load_encoder
+from models.sit import SiT, SiT_models, conditions
+from samplers import euler_sampler, noise
+
+# What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
+FREE = ("steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers")
+FREE += ("micro_batch", "wandb", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage")
+TIME_BINS = 10  # of the held-out loss
+HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
+GRID_IMAGES, GRID_STEPS = 64, 50
+HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
+TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
+SECOND_SIGNAL = 130  # exit status when a second signal cuts a step short
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; defaults are the published recipe."""
+    parser = argparse.ArgumentParser(
+        description="Train a SiT on a store of latents with the snippets of a memory bank.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--store", required=True, help="folder written by scripts.encode_dataset")
+    add("--bank", help="bank.pth, or its folder, written by memory.build_bank")
+    add("--out", required=True, help="the run's folder; an existing run continues")
+    add("--holdout", help="store of held-out images to evaluate on; STORE-holdout where it exists")
+
+    add("--model", default="SiT-XL/2", choices=SiT_models, metavar="NAME", help="a preset of models/sit.py")
+    add("--model-options", nargs="+", default=[], metavar="NAME=VALUE", help="of SiT, such as null_dropout=0.1")
+    add("--condition", default="snippet", choices=conditions, help="what the network is told of an image")
+    add("--snippet-from", default="nearest", choices=("nearest", "own"), help="the bank's row, or the image's feature")
+    add("--encoder", help="encoder of the snippets where no bank says so")
+    add("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint")
+
+    add("--steps", type=int, default=400_000, help="train until this step")
+    add("--batch-size", type=int, default=256, help="global batch")
+    add("--micro-batch", type=int, help="images per forward pass of a process; the rest by accumulation")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
+    add("--beta2", type=float, default=0.999, help="second-moment decay of AdamW")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights, warmed up as (1 + s)/(10 + s)")
+    add("--interpolant", default="linear", choices=interpolants, help="path between data and noise")
+    add("--time", default="uniform", choices=time_distributions, help="distribution of training times")
+    add("--align-coeff", type=float, default=0.0, help="weight of the alignment term (REPA: 0.5)")
+    add("--align-encoder", help="encoder of those patch tokens: in the store, or run online on the store's images")
+    add("--align-encoder-weights", help="weights file of an encoder that runs online")
+    add("--seed", type=int, default=0, help="seed of weights, data order and every draw")
+    add("--precision", choices=("bf16", "fp32"), help="autocast of the network; bf16 on a GPU, fp32 on a CPU")
+
+    add("--log-every", type=int, default=100, help="steps between lines of the log")
+    add("--save-every", type=int, default=5_000, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="number of latest full checkpoints kept")
+    add("--snapshot-every", type=int, default=50_000, help="steps between EMA-only snapshots; 0 writes none")
+    add("--eval-every", type=int, default=5_000, help="steps between losses on the held-out store; 0 never")
+    add("--sample-every", type=int, default=5_000, help="steps between grids of samples; 0 never")
+    add("--codec", help="where the store's codec lies now, to decode the grids; by its own name if not given")
+    add("--stage", metavar="DIR", help="copy the store to this fast disk first, sequentially, and read it there")
+    add("--workers", type=int, default=2, help="reading processes for each training process")
+    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks; on with a GPU")
+    add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
+    args = parser.parse_args(argv)
+
+    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a positive number")
+    if "snippet" in args.condition and args.snippet_from == "nearest" and not args.bank:
+        parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
+    if "snippet" not in args.condition and args.bank:
+        parser.error(f"--condition {args.condition} does not read --bank {args.bank}: leave it out")
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    if args.compile is None:
+        args.compile = torch.cuda.is_available()
+    if args.holdout is None and Path(f"{args.store}-holdout").exists():
+        args.holdout = f"{args.store}-holdout"
+    return args
+
+
+class Data:
+    """The store and the bank, and what of them a step needs: latents, conditions, patch tokens to align with.
+
+    Raises:
+        ValueError: store, bank and settings do not fit each other; the message names flag, value and remedy.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.with_labels, self.with_snippets = "label" in args.condition, "snippet" in args.condition
+        self.bank = MemoryBank.load(args.bank) if args.bank else None
+        self.encoder = self._snippet_encoder() if self.with_snippets else None
+        self.meta = LatentDataset(args.store).meta
+        self.codec = self.meta["codec"]
+        if self.with_labels and not self.meta.get("num_classes"):
+            raise ValueError(f"--condition {args.condition}: the store {args.store} has no labels")
+        self.patches, self.align_encoder = self._alignment() if args.align_coeff > 0 else (None, None)
+        self.train = self._open(
+            stage(args.store, args.stage) if args.stage else args.store,
+            patches=self.patches,
+            images=self.align_encoder is not None,
+        )
+        self.holdout = self._open(args.holdout) if args.holdout and args.eval_every else None
+        if self.holdout:
+            check_codec(self.holdout.codec, self.codec, f"the store {args.store}")
+        self.snippet_dim = self.bank.dim if self.bank else 768
+        if self.encoder:
+            self.snippet_dim = self.meta["encoders"][self.encoder]["dim"]
+        if self.bank and self.bank.dim != self.snippet_dim:
+            raise ValueError(
+                f"--bank {args.bank} has snippets of dimension {self.bank.dim}, the store's features {self.encoder} "
+                f"{self.snippet_dim}: build the bank from this store's features"
+            )
+
+    def _snippet_encoder(self) -> str:
+        """The encoder that the snippets come from: the bank's, or --encoder where no bank says so."""
+        made_by, asked = self.bank.meta.get("encoder") if self.bank else None, self.args.encoder
+        if made_by and asked and made_by != asked:
+            raise ValueError(f"--encoder {asked}, but the bank {self.args.bank} was made by encoder {made_by}")
+        if not made_by and not asked:
+            raise ValueError("which features of the store are the snippets? Pass --encoder, or a --bank that says so")
+        return made_by or asked
+
+    def _alignment(self) -> tuple[str | None, nn.Module | None]:
+        """Where the alignment's patch tokens come from: a name in the store, or an encoder to run on its images."""
+        stored = list(self.meta.get("patches") or {})
+        name = self.args.align_encoder or (stored[0] if len(stored) == 1 else None)
+        if name in stored:
+            return name, None
+        if name and self.meta.get("has_images"):
+            return None, load_encoder(name, weights=self.args.align_encoder_weights, device=self.device)
+        raise ValueError(
+            f"--align-coeff {self.args.align_coeff} needs patch tokens: the store {self.args.store} holds them for "
+            f"{', '.join(stored) or 'no encoder'} and --align-encoder is {name}; encode the dataset with --patches, or "
+            "with --keep-images and name --align-encoder"
+        )
+
+    def _open(self, store: str, **options) -> LatentDataset:
+        """A store that yields the snippets of this run: rows of the bank, or features."""
+        features = LatentDataset(store, encoder=self.encoder)
+        if not self.with_snippets:
+            return LatentDataset(store, **options)
+        if self.args.snippet_from == "own":
+            return LatentDataset(store, encoder=self.encoder, **options)
+        if self.bank.assignment is not None and self.bank.meta.get("store_fingerprint") == features.meta["fingerprint"]:
+            assignment = self.bank.assignment
+        else:
+            assignment = assign(self.bank.to(self.device), features).to(torch.int32)
+        return LatentDataset(store, assignment=assignment, **options)
+
+    @property
+    def align_dims(self) -> tuple[int, ...]:
+        """Feature dimension of each alignment head."""
+        if self.patches:
+            return (self.meta["patches"][self.patches][1],)
+        return (self.align_encoder.dim,) if self.align_encoder else ()
+
+    def latents(self, batch: dict, posterior_noise: Tensor) -> Tensor:
+        """(B, C, H, W) float32, sampled from the batch's moments."""
+        return latents_from_moments(batch["moments"].to(self.device, non_blocking=True), self.codec, posterior_noise)
+
+    def cond(self, batch: dict) -> object:
+        """What the network's embedder takes."""
+        labels = batch["label"].to(self.device, non_blocking=True) if self.with_labels else None  # (B,)
+        if not self.with_snippets:
+            return labels
+        if self.args.snippet_from == "own":
+            snippets = F.normalize(batch["feature"].to(self.device, non_blocking=True).float(), dim=-1)  # (B, F)
+        else:
+            snippets = self.bank[batch["index"]].to(self.device, non_blocking=True)  # (B, F)
+        return (labels, snippets) if self.with_labels else snippets
+
+    def align_targets(self, batch: dict) -> list[Tensor]:
+        """One (B, T, F) of frozen patch tokens for each alignment head."""
+        if self.patches:
+            return [batch["patches"].to(self.device, non_blocking=True)]
+        if self.align_encoder is None:
+            return []
+        with torch.no_grad():
+            return [self.align_encoder(batch["image"].to(self.device, non_blocking=True), return_patches=True)[1]]
+
+    def identity(self) -> dict:
+        """What a checkpoint says of its data: names and hashes, not contents."""
+        bank = None
+        if self.bank:
+            path = bank_file(self.args.bank)
+            bank = {"path": str(path), "sha256": sha256(path), "k": len(self.bank), "dim": self.bank.dim}
+            bank["freq_sha256"] = sha256(path.with_suffix(".freq"))
+        store = {
+            "path": self.args.store,
+            **{key: self.meta[key] for key in ("fingerprint", "num_images", "image_size")},
+        }
+        facts = {"codec": self.codec, "encoder": self.encoder, "bank": bank, "store": store}
+        return {**facts, "image_size": self.meta["image_size"], "num_classes": self.meta.get("num_classes")}
+
+
+def assign(bank: MemoryBank, dataset: LatentDataset) -> Tensor:
+    """(N, V) the bank's nearest row to each image's views, for a store that the bank was not built from."""
+    parts = np.array_split(np.arange(len(dataset)), len(dataset) // 8192 + 1)
+    columns = []
+    for view in range(dataset.num_views):
+        features = (dataset.fetch(rows, np.full_like(rows, view))["feature"] for rows in parts)
+        columns.append(torch.cat([bank.nearest(part.to(bank.snippets.device)).cpu() for part in features]))
+    return torch.stack(columns, dim=1)  # (N, V)
+
+
+def bank_file(path: str) -> Path:
+    """bank.pth, given itself or its folder."""
+    return Path(path) / "bank.pth" if Path(path).is_dir() else Path(path)
+
+
+def build(args: argparse.Namespace, data: Data) -> SiT:
+    """The network for this data and these settings."""
+    channels, size, _ = data.codec["latent_shape"]
+    given = {
+        "input_size": size,
+        "in_channels": channels,
+        "condition": args.condition,
+        "snippet_dim": data.snippet_dim,
+        "num_classes": data.meta.get("num_classes") or 1000,
+        "align_dims": data.align_dims,
+    }
+    return SiT_models[args.model](**given, **model_options(args.model_options))
+
+
+def model_options(pairs: list[str]) -> dict[str, object]:
+    """Constructor arguments of SiT from NAME=VALUE pairs.
+
+    Raises:
+        ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
+    """
+    allowed = ("snippet_dropout", "snippet_dropout_at", "snippet_scale", "null_dropout", "label_dropout", "align_depth")
+    allowed += ("qk_norm",)
+    options = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in allowed or not value:
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with one of {', '.join(allowed)}")
+        options[name] = value if name == "snippet_dropout_at" else json.loads(value)
+    return options
+
+
+class StopSignal:
+    """SIGTERM or SIGINT: the first asks for a stop after the running step, a second leaves at once."""
+
+    def __init__(self):
+        self.received, self.owner = False, os.getpid()
+        multiple = dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if multiple else None
+
+    def __enter__(self) -> "StopSignal":
+        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if os.getpid() != self.owner:  # a reading process, which inherited this handler: its parent will end it
+            return
+        if self.received:
+            os._exit(SECOND_SIGNAL)
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any process was told to stop; every process gets the same answer, without waiting for its GPU."""
+        flag = torch.tensor(int(self.received))
+        if self.group:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+
+class Trainer:
+    """The state of a run (weights, EMA, optimiser, step, running means) and everything that is done to it."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: accelerate.Accelerator, data: Data):
+        self.args, self.accelerator, self.data, self.device = args, accelerator, data, accelerator.device
+        self.facts = data.identity()
+        self.out = Path(args.out)
+        self.step = 0
+        self.sums = torch.zeros(
+            5, dtype=torch.float64, device=self.device
+        )  # loss, velocity, align, gradient norm, steps
+        self.bad_step = torch.tensor(-1, device=self.device)  # the first with a loss or gradient that is not finite
+
+        processes = accelerator.num_processes
+        if args.batch_size % processes:
+            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {processes} processes")
+        self.local_batch = args.batch_size // processes
+        self.micro_batch = args.micro_batch or self.local_batch
+        if self.local_batch % self.micro_batch:
+            raise ValueError(
+                f"--micro-batch {self.micro_batch} does not divide the {self.local_batch} images of a process"
+            )
+        start = accelerator.process_index * self.local_batch
+        self.rows = slice(start, start + self.local_batch)  # this process's part of the global batch
+
+        torch.manual_seed(args.seed)
+        self.network = build(args, data).to(self.device)
+        if args.init:
+            skipped = init_weights(self.network, args.init)
+            accelerator.print(
+                f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
+            )
+        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
+        trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+        self.parameters = [self.network.get_parameter(name) for name in trained]
+        self.averages = [self.ema.get_parameter(name) for name in trained]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=args.lr,
+            betas=(0.9, args.beta2),
+            eps=1e-8,
+            weight_decay=0.0,
+            fused=self.device.type == "cuda",
+        )
+        self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Full states in order of their steps."""
+        return sorted(path for path in (self.out / "checkpoints").glob("*.pt") if path.stem.isdigit())
+
+    def resume(self) -> None:
+        """Continue from the latest checkpoint, or start; refuses a command whose result would be another.
+
+        Raises:
+            ValueError: the run's folder holds a run with other settings; the message lists the differences.
+        """
+        settings = {key: value for key, value in vars(self.args).items() if key not in FREE}
+        identity = {"store": self.facts["store"]["fingerprint"], "bank": (self.facts["bank"] or {}).get("sha256")}
+        config, path = {"settings": settings, "data": identity}, self.out / "config.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            lines = [
+                f"{key.replace('_', '-')}: the run has {old[part].get(key)}, this command {value}"
+                for part in config
+                for key, value in config[part].items()
+                if old[part].get(key) != value
+            ]
+            if lines:
+                raise ValueError(
+                    f"--out {self.out} holds a run with other settings; choose another folder\n  " + "\n  ".join(lines)
+                )
+        elif self.accelerator.is_main_process:
+            write_json(path, config)
+        if self.checkpoints:
+            self.load(self.checkpoints[-1])
+
+    def load(self, path: Path) -> None:
+        """Take over everything from a full state."""
+        state = read_checkpoint(path)
+        load_state(self.network, state["model"], f"checkpoint {path}")
+        load_state(self.ema, state["ema"], f"checkpoint {path}")
+        self.optimizer.load_state_dict(state["opt"])
+        self.step = state["steps"]
+        if self.accelerator.is_main_process:  # the sums of all processes; the others start from zero
+            self.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
+        self.accelerator.print(f"continuing from {path} at step {self.step:,}")
+
+    def prepare(self) -> None:
+        """Compile the blocks and wrap the network for mixed precision and several processes; check what `run` needs.
+
+        Raises:
+            ValueError: the grids' codec is not to be had, or is another than the store's; or too little disk is free.
+        """
+        if self.args.sample_every and self.accelerator.is_main_process:
+            name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
+            self.grid_codec = load_codec(name, self.device, channels=channels)
+            check_codec(
+                self.grid_codec.meta(self.data.meta["image_size"]), self.data.codec, f"the store {self.args.store}"
+            )
+        needed = 2 * 16 * sum(parameter.numel() for parameter in self.network.parameters())
+        if free_disk(self.args.out) < needed:
+            raise ValueError(f"--out {self.out}: {needed / 1e9:.1f} GB are needed for checkpoints, fewer are free")
+        if self.args.compile:
+            for block in (*self.network.blocks, *self.ema.blocks):
+                block.compile()
+        self.model = self.accelerator.prepare_model(self.network)
+
+    def batches(self) -> Iterator[dict]:
+        """This process's rows of each remaining step."""
+        store = self.data.train
+        steps = StepSampler(
+            len(store), self.args.batch_size, store.num_views, self.args.seed, self.step, self.args.steps, self.rows
+        )
+        on_gpu = self.device.type == "cuda"
+        yield from DataLoader(store, sampler=steps, batch_size=None, num_workers=self.args.workers, pin_memory=on_gpu)
+
+    def train_step(self, batch: dict) -> None:
+        """One optimiser step on the global batch of `self.step`, accumulated over micro-batches; no host sync."""
+        args = self.args
+        draws = draw(args.seed, self.step, args.batch_size, self.network.latent_shape, args.time, self.device)[
+            self.rows
+        ]
+        latents, cond = self.data.latents(batch, draws.posterior), self.data.cond(batch)
+        targets = self.data.align_targets(batch)
+        sums = []
+        for micro, start in enumerate(range(0, self.local_batch, self.micro_batch)):
+            rows = slice(start, start + self.micro_batch)
+            torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index, micro, DROPOUT_STREAM))
+            last = start + self.micro_batch == self.local_batch
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self.loss(self.model, latents[rows], take(cond, rows), draws[rows], [t[rows] for t in targets])
+                self.accelerator.backward(losses.total.sum() / self.local_batch)  # processes are averaged
+            align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
+            sums.append(torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()]))
+        norm = nn.utils.clip_grad_norm_(self.parameters, args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+
+        processes = self.accelerator.num_processes
+        losses_of_step = torch.stack(sums).sum(0).double() / args.batch_size  # (3,) of this process's rows
+        self.sums += torch.cat([losses_of_step, torch.stack([norm, torch.ones_like(norm)]).double() / processes])
+        finite = torch.isfinite(norm) & torch.isfinite(losses_of_step[0])
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.step, self.bad_step)
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss or gradient was not finite; called before anything is logged or saved."""
+        bad = int(self.bad_step)
+        if bad >= 0:
+            rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
+            last = self.checkpoints[-1] if self.checkpoints else "none was written"
+            raise FloatingPointError(
+                f"the loss or the gradient of step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store); the "
+                f"last good checkpoint is {last}; start a new run from it (--init) with another --lr or --precision"
+            )
+
+    def means(self) -> dict[str, float]:
+        """Means since the last line of the log over all processes, to seven digits: beyond, the order of sums shows."""
+        *sums, steps = self.accelerator.reduce(self.sums, "sum").tolist()
+        names = ("loss", "velocity", "align", "grad_norm")
+        return {name: float(f"{value / steps:.7g}") for name, value in zip(names, sums, strict=True)}
+
+    def record(self, line: dict) -> None:
+        """Append a line to the log."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    def rewind_log(self) -> None:
+        """Drop lines beyond the checkpoint: those steps are about to be repeated, with the same numbers."""
+        path = self.out / "log.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
+
+    def save(self) -> None:
+        """Write a full state, and an EMA snapshot when one is due; then remove the oldest full states."""
+        self.check_finite()
+        sums = self.accelerator.reduce(self.sums, "sum")
+        if not self.accelerator.is_main_process:
+            return
+        snapshot = {
+            "ema": self.ema.state_dict(),
+            "model_config": self.network.config,
+            "steps": self.step,
+            "args": vars(self.args),
+            **self.facts,
+        }
+        full = {
+            **snapshot,
+            "model": self.network.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "sums": sums.tolist(),
+        }
+        folder = self.out / "checkpoints"
+        with atomic(folder / f"{self.step:07d}.pt") as temporary:
+            torch.save(full, temporary)
+        if self.args.snapshot_every and self.step % self.args.snapshot_every == 0:
+            with atomic(folder / f"{self.step:07d}-ema.pt") as temporary:
+                torch.save(snapshot, temporary)
+        for path in self.checkpoints[: -self.args.keep]:
+            path.unlink()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """The EMA network's loss on held-out images at fixed noise, also in ten equal bins of time."""
+        store, accelerator = self.data.holdout, self.accelerator
+        images = min(len(store), HOLDOUT_IMAGES)
+        rows = np.arange(images) * len(store) // images  # evenly, because stores are often sorted by class
+        bins = torch.arange(images, device=self.device) % TIME_BINS
+        draws = draw(seed_of(self.args.seed, HOLDOUT_STREAM), 0, images, self.network.latent_shape, device=self.device)
+        draws = dataclasses.replace(draws, time=(bins + draws.time) / TIME_BINS)
+        loss = FlowMatchingLoss(self.loss.interpolant)
+        sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device)  # losses, images
+        parts = range(0, images, self.micro_batch)
+        for start in parts[accelerator.process_index :: accelerator.num_processes]:
+            part = slice(start, start + self.micro_batch)
+            batch = store.fetch(rows[part], np.zeros_like(rows[part]))
+            with accelerator.autocast():
+                latents, cond = self.data.latents(batch, draws.posterior[part]), self.data.cond(batch)
+                losses = loss(self.ema, latents, cond, draws[part]).total.double()
+            sums.index_add_(1, bins[part], torch.stack([losses, torch.ones_like(losses)]))
+        total, count = accelerator.reduce(sums, "sum").cpu()
+        seen = count > 0
+        by_time = [float(f"{value:.7g}") if ok else None for value, ok in zip(total / count, seen, strict=True)]
+        return {"holdout_loss": float(f"{total.sum() / count.sum():.7g}"), "holdout_loss_by_time": by_time}
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Write a grid of the EMA network's images from fixed noise and snippets (Euler, 50 steps)."""
+        if not self.accelerator.is_main_process:
+            return
+        images = torch.arange(GRID_IMAGES)
+        z = noise(self.args.seed, images, 0, self.network.latent_shape, self.device)
+        cond = self.grid_condition(z)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return self.ema(x.float(), t.float(), cond).double()
+
+        latents = euler_sampler(velocity, z, GRID_STEPS)
+        pixels = to_uint8(self.grid_codec.decode(latents))
+        with atomic(self.out / "samples" / f"{self.step:07d}.png") as temporary:
+            save_image(pixels.float() / 255, temporary, nrow=8, padding=0)
+
+    def grid_condition(self, z: Tensor) -> object:
+        """Conditions of the grid: the snippets that the noise draws, or own features of fixed rows; labels in turn."""
+        rows = rows_of_step(len(self.data.train), GRID_IMAGES, self.args.seed, 0)
+        batch = self.data.train.fetch(rows, np.zeros_like(rows))
+        batch["label"] = torch.arange(GRID_IMAGES) % (self.data.meta.get("num_classes") or 1)
+        if self.data.bank is None:
+            return self.data.cond(batch)
+        snippets = self.data.bank[self.data.bank.indices_from_noise(z.cpu())].to(self.device)
+        return (batch["label"].to(self.device), snippets) if self.data.with_labels else snippets
+
+    def run(self) -> None:
+        """Train until `--steps` or a signal; log, evaluate, sample and save on the way."""
+        args, main = self.args, self.accelerator.is_main_process
+        if main:
+            self.rewind_log()
+        self.wandb = start_wandb(args, self.out) if args.wandb and main else None
+        bar = tqdm(
+            total=args.steps * args.batch_size, initial=self.step * args.batch_size, unit="img", disable=not main
+        )
+        began, since = time.perf_counter(), self.step
+        with StopSignal() as stop:
+            for batch in self.batches():
+                self.train_step(batch)
+                leaving = stop.agreed()
+                if self.step % args.log_every == 0:
+                    self.check_finite()
+                    line = {"step": self.step, **self.means()}
+                    seconds = time.perf_counter() - began
+                    line["images_per_second"] = round((self.step - since) * args.batch_size / seconds, 2)
+                    line["time"] = round(time.time(), 2)
+                    self.sums.zero_()
+                    self.record(line)
+                    bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "grad_norm")}, refresh=False)
+                    bar.update((self.step * args.batch_size) - bar.n)
+                    began, since = time.perf_counter(), self.step
+                last = self.step == args.steps
+                if self.data.holdout and self.step % args.eval_every == 0:
+                    self.record({"step": self.step, **self.evaluate()})
+                if args.sample_every and (self.step % args.sample_every == 0 or last):
+                    self.sample()
+                if self.step % args.save_every == 0 or last or leaving:
+                    self.save()
+                if leaving:
+                    break
+        bar.close()
+        how = "finished" if self.step == args.steps else "stopped by a signal; the same command continues"
+        self.accelerator.print(f"{how} at step {self.step:,}: {self.out}")
+
+
+def take(cond: object, rows: slice) -> object:
+    """Some rows of a condition: a tensor, a pair of tensors, or None."""
+    if isinstance(cond, tuple):
+        return tuple(part[rows] for part in cond)
+    return cond if cond is None else cond[rows]
+
+
+def start_wandb(args: argparse.Namespace, out: Path) -> object:
+    """A Weights & Biases run that continues with the training run, as its folder's name."""
+    import wandb
+
+    return wandb.init(project=args.wandb, id=out.resolve().name, resume="allow", dir=out, config=vars(args))
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """What the command names that is not there, a line each."""
+    wanted = {"--store": Path(args.store) / "meta.json"}
+    if args.bank:
+        wanted["--bank"] = bank_file(args.bank)
+        wanted["--bank "] = bank_file(args.bank).with_suffix(".freq")
+    if args.holdout:
+        wanted["--holdout"] = Path(args.holdout) / "meta.json"
+    for flag in ("init", "align_encoder_weights"):
+        if getattr(args, flag):
+            wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
+    return [f"{flag.strip()}: {path} does not exist" for flag, path in wanted.items() if not path.exists()]
+
+
+def describe(args: argparse.Namespace, trainer: Trainer) -> str:
+    """The configuration with its parameters, memory and disk, for --dry-run."""
+    network = trainer.network
+    count = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    depth, tokens, width = len(network.blocks), network.pos_embed.shape[1], network.pos_embed.shape[2]
+    activations = 36 * depth * tokens * width * trainer.micro_batch  # bytes; 36 as measured for XL in bf16
+    state, full = 20 * trained, 16 * count  # weights, gradients, two moments and EMA in float32; no gradients on disk
+    lines = [
+        json.dumps({**vars(args), **trainer.facts, "model_config": network.config}, indent=2),
+        f"parameters        {count:,} ({trained:,} trained)",
+        f"images            {trainer.facts['store']['num_images']:,}; an epoch is "
+        f"{trainer.facts['store']['num_images'] / args.batch_size:,.1f} steps; {args.steps * args.batch_size:,} in all",
+        f"batch             {args.batch_size} = {trainer.accelerator.num_processes} processes × "
+        f"{trainer.local_batch // trainer.micro_batch} micro-batches × {trainer.micro_batch} images",
+        f"memory a process  {state / 1e9:.2f} GB of state + about {activations / 1e9:.2f} GB of activations (estimate)",
+        f"disk              {full / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
+        f"{4 * count / 1e9:.2f} GB a snapshot; {free_disk(args.out) / 1e9:.1f} GB are free",
+    ]
+    return "\n".join(lines)
+
+
+def free_disk(path: str) -> int:
+    """Free bytes where `path` is or will be."""
+    existing = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, as the command line says."""
+    args = parse(argv)
+    lacking = missing(args)
+    if lacking and args.dry_run:
+        sys.exit(json.dumps(vars(args), indent=2) + "\nmissing:\n  " + "\n  ".join(lacking))
+    if lacking:
+        raise ValueError("; ".join(lacking))
+    on_gpu = torch.cuda.is_available()
+    accelerator = accelerate.Accelerator(
+        cpu=not on_gpu,
+        mixed_precision={"bf16": "bf16", "fp32": "no"}[args.precision],
+        kwargs_handlers=[
+            accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            accelerate.InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
+    )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "accelerate and torchrun disagree"
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    trainer = Trainer(args, accelerator, Data(args, accelerator.device))
+    if args.dry_run:
+        accelerator.print(describe(args, trainer))
+        return
+    trainer.resume()
+    if trainer.step >= args.steps:
+        accelerator.print(f"{args.out} is at step {trainer.step:,} already; raise --steps to go on")
+        return
+    trainer.prepare()
+    trainer.run()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
