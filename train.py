@@ -356,7 +356,7 @@ class Trainer:
             betas=(0.9, args.beta2),
             eps=1e-8,
             weight_decay=0.0,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
 
