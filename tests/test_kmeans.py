@@ -61,7 +61,8 @@ def test_passes_equal_lloyds_algorithm_written_out_in_float64():
     assert torch.equal(result.counts, torch.bincount(result.assignment, minlength=k))
 
 
-def test_assignment_is_exact_where_float32_cannot_tell_and_ties_go_to_the_lowest():
+def test_assignment_is_exact_where_float32_cannot_tell_and_ties_go_to_the_lowest(monkeypatch):
+    monkeypatch.setattr(memory.kmeans, "BLOCK", {"cpu": (30, 40)})  # equal and near rows in different blocks
     base = normalised(clumps(50, 64, 50))
     steps = torch.randint(-1, 2, (20, 50, 64), generator=torch.Generator().manual_seed(1)) / 2**24
     centroids = (base + steps).reshape(-1, 64)  # twenty near copies of each
@@ -109,6 +110,21 @@ def test_inertia_never_rises_whatever_the_data(seed, n, f, share):
     total = (integers(unit) * integers(result.centroids)[result.assignment]).sum().item()  # Σ x·c in units of 2⁻⁴⁸
     assert result.inertia[-1] == max(0, (n * 2**48 - total) / 2**47)
     assert torch.equal(result.assignment, assign(unit, result.centroids))
+
+
+def test_a_mean_that_rounding_made_worse_is_not_taken():
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        features = torch.randn(1, 3, generator=draw) + 1e-6 * torch.randn(50, 3, generator=draw)
+        init = normalised(features[:1])
+        cosine = cosines(normalised(features), init, torch.zeros(50, dtype=torch.long))
+        before = max(0.0, 2 * 50 - 2 * cosine.sum().item())
+        assert kmeans(features, 1, 1, init=init).inertia[0] <= before + 1e-13
+
+
+def test_inertia_is_not_negative_where_rounded_rows_are_longer_than_one():
+    for row in torch.randn(20, 1, 3, generator=torch.Generator().manual_seed(0)):
+        assert kmeans(row, 1, 1).inertia[0] >= 0
 
 
 def test_empty_clusters_restart_at_the_farthest_rows():
