@@ -1,0 +1,287 @@
+"""Where images come from: a folder, a zip, an npz or idx files, all as a numbered list of named images.
+
+A source is listed once and sent to the other processes; files are opened by whoever reads an image, so that a source
+can be pickled and survives a fork. Images are in the order of their names, whatever the file system's order.
+"""
+
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scripts.images import read_image
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IDX_IMAGES, IDX_LABELS = 0x00000803, 0x00000801  # magic numbers: unsigned bytes in three dimensions and in one
+LABELS_FILE = "dataset.json"  # of the StyleGAN and EDM tools
+
+
+@dataclass
+class Source:
+    """N images with names; subclasses say how image `index` is read.
+
+    `labels` (N,) int64 or None, `class_names` where folders give them, `hash` of names, sizes and labels, `grey` if
+    every image is known to have one channel, `on_black` if small images may be framed in black.
+    """
+
+    path: Path
+    names: list[str]
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    hash: str
+    grey: bool = False
+    on_black: bool = False
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in mode L or RGB; raises one of `scripts.images.UNREADABLE` if it is damaged."""
+        raise NotImplementedError
+
+
+class FolderSource(Source):
+    """Image files below a folder."""
+
+    def image(self, index: int) -> Image.Image:
+        with open(self.path / self.names[index], "rb") as stream:
+            return read_image(stream)
+
+
+class ZipSource(Source):
+    """Image files in a zip."""
+
+    def image(self, index: int) -> Image.Image:
+        with open_zip(self.path, os.getpid()).open(self.names[index]) as stream:
+            return read_image(stream)
+
+
+class NpzSource(Source):
+    """A uint8 array (N, H, W, c) or (N, H, W) in an npz."""
+
+    def image(self, index: int) -> Image.Image:
+        return array_image(npz_array(self.path)[index])
+
+
+class IdxSource(Source):
+    """An idx file of grey images, plain or gzipped, as MNIST and Fashion-MNIST come."""
+
+    def image(self, index: int) -> Image.Image:
+        return array_image(read_idx(self.path, IDX_IMAGES)[index])
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """List a source: a folder of images (class folders make labels), a folder with Fashion-MNIST's idx files, an idx
+    file, a zip or an npz. Raises ValueError if it is none of these, holds no image, or its labels do not fit."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no source at {path}: expected a folder of images, a zip, an npz, or an idx file")
+    if path.is_dir():
+        training = sorted(path.glob("train-images-idx3-ubyte*"))
+        return idx_source(training[0]) if training else folder_source(path)
+    if path.suffix == ".zip":
+        return zip_source(path)
+    if path.suffix == ".npz":
+        return npz_source(path)
+    if "idx3-ubyte" in path.name:
+        return idx_source(path)
+    raise ValueError(f"source {path} is no folder, .zip, .npz or idx3-ubyte file")
+
+
+def folder_source(path: Path) -> FolderSource:
+    sizes = dict(walk(path))
+    labels_file = path / LABELS_FILE
+    text = labels_file.read_text() if labels_file.is_file() else None
+    return FolderSource(path, **described(path, sizes, text))
+
+
+def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Relative name and size in bytes of every image file below a folder, hidden ones left out."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from walk(entry.path, f"{prefix}{entry.name}/")
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield prefix + entry.name, entry.stat().st_size
+
+
+def zip_source(path: Path) -> ZipSource:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {
+                entry.filename: entry.file_size
+                for entry in archive.infolist()
+                if entry.filename.lower().endswith(SUFFIXES)
+                and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))
+            }
+            text = archive.read(LABELS_FILE).decode() if LABELS_FILE in archive.namelist() else None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"source {path} is no zip file, or was cut short ({error})") from error
+    return ZipSource(path, **described(path, sizes, text))
+
+
+@functools.lru_cache(maxsize=1)
+def open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """The archive, opened once a process: a handle shared over a fork would share its position."""
+    return zipfile.ZipFile(path)
+
+
+def described(path: Path, sizes: dict[str, int], labels_text: str | None) -> dict:
+    """Names in order, labels and hash of image files; labels come from dataset.json where there is one, else from the
+    folders below the deepest one that all images share."""
+    names = sorted(sizes)
+    if not names:
+        raise ValueError(f"source {path} holds no images: expected files ending in {', '.join(SUFFIXES)}")
+    if any("\n" in name for name in names):
+        raise ValueError(f"source {path} has file names with line breaks: rename them")
+    if labels_text is not None:
+        labels, class_names = listed_labels(path, names, labels_text), None
+    else:
+        labels, class_names = folder_labels(path, names)
+    listing = [f"{name}\t{sizes[name]}" for name in names]
+    return {
+        "names": names,
+        "labels": labels,
+        "class_names": class_names,
+        "hash": source_hash(listing, labels),
+    }
+
+
+def listed_labels(path: Path, names: list[str], text: str) -> np.ndarray | None:
+    """Labels (N,) of dataset.json, `{"labels": [[name, class], …]}`; None if it says null."""
+    pairs = json.loads(text).get("labels")
+    if pairs is None:
+        return None
+    classes = dict(pairs)
+    for name in names:
+        if type(classes.get(name)) is not int or classes[name] < 0:
+            raise ValueError(
+                f"{LABELS_FILE} of {path} gives {name} the label {classes.get(name)!r}, expected a class number: "
+                "correct it, or remove the file to take labels from the folders"
+            )
+    return np.array([classes[name] for name in names], np.int64)
+
+
+def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (N,) by the sorted names of the class folders, and those names; None for images in one flat folder."""
+    folders = [name.split("/")[:-1] for name in names]
+    ends = zip(min(folders), max(folders), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))  # leading folders of all images
+    classes = [folder[shared] if len(folder) > shared else None for folder in folders]
+    if not any(classes):
+        return None, None
+    if not all(classes):
+        raise ValueError(
+            f"source {path} has images beside class folders, such as {names[classes.index(None)]}: "
+            "move them into a class folder or away"
+        )
+    class_names = sorted(set(classes))
+    number = {name: i for i, name in enumerate(class_names)}
+    return np.array([number[name] for name in classes], np.int64), class_names
+
+
+def npz_source(path: Path) -> NpzSource:
+    images = npz_array(path)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise ValueError(
+            f"images of {path} are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3), "
+            "(N, height, width, 1) or (N, height, width)"
+        )
+    with zipfile.ZipFile(path) as archive:
+        content = archive.getinfo(f"{npz_key(path)}.npy").CRC
+    with np.load(path, allow_pickle=False) as file:
+        keys = [key for key in ("labels", "arr_1") if key in file]
+        labels = file[keys[0]] if keys else None
+    grey = images.ndim == 3 or images.shape[3] == 1
+    return NpzSource(path, **numbered(path, len(images), labels, content), grey=grey)
+
+
+def npz_key(path: Path) -> str:
+    """Which array of an npz holds the images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = [key for key in ("arr_0", "images") if key in file]
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"source {path} is no npz file, or was cut short ({error})") from error
+    if not keys:
+        raise ValueError(f"source {path} has no array `arr_0` or `images`")
+    return keys[0]
+
+
+@functools.lru_cache(maxsize=1)
+def npz_array(path: Path) -> np.ndarray:
+    """The images of an npz: memory-mapped if stored (np.savez), read whole if compressed (np.savez_compressed)."""
+    key = npz_key(path)
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return np.load(path, allow_pickle=False)[key]
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset)
+        lengths = struct.unpack("<26xHH", file.read(30))  # of the name and the extra field in the local header
+        file.seek(sum(lengths), os.SEEK_CUR)
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def idx_source(path: Path) -> IdxSource:
+    images = read_idx(path, IDX_IMAGES)
+    base = path.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
+    beside = [path.with_name(name) for name in (base, f"{base}.gz") if path.with_name(name).is_file()]
+    labels = read_idx(beside[0], IDX_LABELS) if beside else None
+    return IdxSource(path, **numbered(path, len(images), labels, zlib.crc32(images)), grey=True, on_black=True)
+
+
+@functools.lru_cache(maxsize=2)
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """The uint8 array of an idx file: (N, H, W) images or (N,) labels. ValueError if it is another kind or damaged."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} was cut short or is not gzipped ({error})") from error
+    dimensions = magic & 0xFF
+    header = struct.Struct(f">{1 + dimensions}I")
+    found, *shape = header.unpack_from(data) if len(data) >= header.size else (0,)
+    if found != magic:
+        raise ValueError(f"{path} is no idx file of bytes in {dimensions} dimension(s): expected magic {magic:#010x}")
+    if len(data) != header.size + np.prod(shape):
+        raise ValueError(f"{path} has {len(data):,} bytes, its header announces {header.size + np.prod(shape):,}")
+    return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
+
+
+def numbered(path: Path, count: int, labels: np.ndarray | None, content: int) -> dict:
+    """Names 00000000, 00000001, …, checked labels and hash of images that have no names of their own."""
+    if count == 0:
+        raise ValueError(f"source {path} holds no images")
+    if labels is not None:
+        if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(
+                f"labels of {path} are {labels.dtype} {labels.shape}, expected one class number from 0 up for each of "
+                f"{count} images"
+            )
+        labels = labels.astype(np.int64)
+    names = [f"{i:08d}" for i in range(count)]
+    listing = [f"{count}\t{content}"]
+    return {"names": names, "labels": labels, "class_names": None, "hash": source_hash(listing, labels)}
+
+
+def source_hash(listing: list[str], labels: np.ndarray | None) -> str:
+    """SHA-256 of what a source lists and its labels."""
+    digest = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape"))
+    digest.update(b"" if labels is None else labels.tobytes())
+    return digest.hexdigest()
+
+
+def array_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W), (H, W, 1) or (H, W, 3) as an image in mode L or RGB."""
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
