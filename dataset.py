@@ -32,7 +32,7 @@ from tqdm import tqdm
 from memory.files import atomic
 
 FORMAT = 1  # of meta.json and the arrays; raised when an older reader would misread them
-META, NAMES, PROGRESS = "meta.json", "files.txt", "progress"
+META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
 ROWS, VIEWS = 0, 1  # addresses of the two streams of random numbers under one seed
 COPY_BYTES = 2**24  # staging reads and writes this much at a time
 
@@ -47,7 +47,7 @@ def layout(meta: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         arrays[f"patches/{name}.npy"] = ((n, v, *tokens), "float16")
     if meta["has_images"]:
         arrays["images.npy"] = ((n, meta["image_channels"], size, size), "uint8")
-    arrays["labels.npy"] = ((n,), "int64")
+    arrays[LABELS] = ((n,), "int64")
     return {file: (tuple(shape), np.dtype(dtype)) for file, (shape, dtype) in arrays.items()}
 
 
@@ -103,7 +103,7 @@ class LatentDataset(Dataset):
         if images and not self.meta["has_images"]:
             raise ValueError(f"the store {self.path} has no images: encode it with --keep-images")
 
-        self.labels = self.open("labels.npy")  # (N,)
+        self.labels = self.open(LABELS)  # (N,)
         self.latents = self.open("latents.npy")  # (N, V, P, h, w)
         self.features = None if encoder is None else self.open(f"features/{encoder}.npy")  # (N, V, F)
         self.patches = None if patches is None else self.open(f"patches/{patches}.npy")  # (N, V, T, F)

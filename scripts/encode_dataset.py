@@ -1,0 +1,347 @@
+"""Images to a store: what training, bank and evaluation read. The same command again continues where it stopped.
+
+    python -m scripts.encode_dataset SOURCE --out data/NAME --codec sd-vae-ft-mse --encoder dinov2-vitb14 --holdout 0.05
+    torchrun --nproc_per_node 8 -m scripts.encode_dataset …the same…
+    python -m scripts.encode_dataset SOURCE --out data/NAME --add ENCODER
+
+SOURCE is a folder of class folders (labels by their sorted names) or of images, a zip of such (labels from dataset.json
+where there is one), an npz (`arr_0` or `images`, uint8 NHWC, with or without `labels`), or idx files as Fashion-MNIST's
+(a folder with train-images-idx3-ubyte.gz, or one such file; labels are looked for beside it). Images are cropped and
+resized as ADM does; idx images that are a little smaller than --image-size get a black frame instead (28 to 32).
+A codec of one channel takes luminance; other grey images are repeated to three, except that `pixels` keeps idx and npz
+images of one channel as they are.
+
+An image that cannot be read is reported at once, and again, counted and named, as an error when all others are written.
+The same command with --skip-broken then leaves such images out and finishes without encoding anything again.
+"""
+
+import argparse
+import datetime
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dataset import FORMAT, LABELS, NAMES, PROGRESS, layout, read_meta
+from models.autoencoder import Codec, load_codec
+from models.encoder import Encoder, load_encoder
+from scripts.images import UNREADABLE, square
+from scripts.sources import Source, open_source
+from scripts.store import PART, Job, Progress, Writer
+
+SAVE_SECONDS = 30  # between two notes of what is written: the most that a killed run repeats
+LARGE_BYTES = 100e9  # patch tokens beyond this get a warning
+PATIENCE = datetime.timedelta(days=7)  # processes wait for each other this long: shares may differ by hours
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without reading anything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, zip, npz or idx file of images")
+    add("--out", required=True, type=Path, help="folder of the store; held-out images go to the same name + -holdout")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--codec", help="sd-vae-ft-mse, sd-vae-ft-ema, pixels, or a folder with an AutoencoderKL")
+    what.add_argument("--add", metavar="ENCODER", help="add this encoder's features to the store and its held-out part")
+    add("--encoder", help="whose features to store, such as dinov2-vitb14 (default: a store without features)")
+    add("--encoder-weights", type=Path, help="local file with the encoder's weights")
+    add("--image-size", type=int, default=256, help="side of the square images in pixels (default 256)")
+    add("--views", type=int, default=1, choices=(1, 2), help="1: the original (default); 2: also its mirror image")
+    add("--holdout", type=float, default=0.0, help="fraction held out, by the hash of the file name (default 0)")
+    add("--keep-images", action="store_true", help="store the uint8 images, for an alignment encoder run online")
+    add("--patches", action="store_true", help="store the encoder's patch tokens too (0.5 TB and more on ImageNet)")
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    add("--batch-size", type=int, default=64, help="images encoded at once by each process (default 64)")
+    add(
+        "--workers", type=int, help="processes that decode images ahead, for each process (default: its share of cores)"
+    )
+    args = parser.parse_args(argv)
+    if args.add:
+        fixed = ("encoder", "image_size", "views", "holdout", "keep_images", "skip_broken")
+        given = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--add takes everything but the encoder from the store: leave out {', '.join(given)}")
+    elif not args.encoder and (args.patches or args.encoder_weights):
+        parser.error("--patches and --encoder-weights need --encoder (or --add)")
+    if args.image_size < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
+        parser.error("--image-size and --batch-size must be at least 1, --workers at least 0")
+    if not 0 <= args.holdout < 1:
+        parser.error(f"--holdout is {args.holdout}, expected a fraction from 0 up to, but not, 1")
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
+        args.workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "not started by torchrun or plain python"
+
+    source = from_main(state, lambda: open_source(args.source))
+    with state.local_main_process_first():  # so that one process downloads what is not in the cache
+        codec = load_codec(args.codec, state.device, channels=1 if source.grey else 3) if args.codec else None
+        name = args.encoder or args.add
+        encoder = load_encoder(name, args.encoder_weights, state.device) if name else None
+
+    jobs = jobs_to_add(args, source, encoder) if args.add else new_jobs(args, source, codec, encoder)
+    begun = from_main(state, lambda: prepare(jobs, source))
+    jobs = [(job, progress.done) for job, progress in zip(jobs, begun, strict=True) if progress]
+    for job, done in jobs:
+        encode_job(job, done, source, codec, encoder, args, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish([job for job, _ in jobs], source, args.skip_broken)
+    state.destroy_process_group()
+
+
+def from_main(state: accelerate.PartialState, make: Callable[[], Any]) -> Any:
+    """What `make` returns on the main process, on all of them; if it raises, the launcher ends the others."""
+    return broadcast_object_list([make() if state.is_main_process else None])[0]
+
+
+def new_jobs(args: argparse.Namespace, source: Source, codec: Codec, encoder: Encoder | None) -> list[Job]:
+    """The store, and the held-out one, that a command line describes."""
+    codec_meta = codec.meta(args.image_size)
+    classes = None if source.labels is None else int(source.labels.max()) + 1
+    meta = {
+        "format": FORMAT,
+        "num_views": args.views,
+        "views": ["original", "mirrored"][: args.views],
+        "image_size": args.image_size,
+        "image_channels": codec_meta["image_channels"],
+        "codec": codec_meta,
+        "encoders": {encoder.name: encoder.meta()} if encoder else {},
+        "patches": {encoder.name: token_shape(encoder)} if args.patches else {},
+        "has_images": args.keep_images,
+        "num_classes": classes,
+        "class_names": source.class_names,
+        "source": str(source.path),
+        "source_hash": source.hash,
+    }
+    held = np.array([name_fraction(name) < args.holdout for name in source.names])  # (N,)
+    jobs = []
+    for part, path, chosen in (("training", args.out, ~held), ("holdout", holdout_path(args.out), held)):
+        if part == "holdout" and args.holdout == 0:
+            continue
+        rows = np.flatnonzero(chosen)
+        if len(rows) == 0:
+            raise ValueError(
+                f"--holdout {args.holdout} of {len(held)} images leaves no {part} image: change the fraction"
+            )
+        part_meta = meta | {"num_images": len(rows), "holdout": {"fraction": args.holdout, "part": part}}
+        jobs.append(Job(path, rows, part_meta, [file for file in layout(part_meta) if file != LABELS]))
+    return jobs
+
+
+def jobs_to_add(args: argparse.Namespace, source: Source, encoder: Encoder) -> list[Job]:
+    """What is missing of an encoder's features (and patch tokens) in a store and its held-out part."""
+    meta = read_meta(args.out)
+    split = meta["holdout"]["part"] == "training" and meta["holdout"]["fraction"] > 0
+    number, jobs = {name: i for i, name in enumerate(source.names)}, []
+    for path in (args.out, holdout_path(args.out)) if split else (args.out,):
+        meta = read_meta(path)
+        if meta["source_hash"] != source.hash:
+            raise ValueError(f"{path} was made from other images than {source.path} now holds: name its own source")
+        present = meta["encoders"].get(encoder.name, encoder.meta())
+        if present != encoder.meta():
+            raise ValueError(f"{path} has features of another {encoder.name!r}: {present}, not {encoder.meta()}")
+        wanted = meta | {"encoders": meta["encoders"] | {encoder.name: encoder.meta()}}
+        if args.patches:
+            wanted["patches"] = meta["patches"] | {encoder.name: token_shape(encoder)}
+        files = [file for file in layout(wanted) if file not in layout(meta)]
+        if files:
+            names = (path / NAMES).read_bytes().decode(errors="surrogateescape").rstrip("\n").split("\n")
+            jobs.append(Job(path, np.array([number[name] for name in names]), wanted, files, extends=True))
+    return jobs
+
+
+def holdout_path(out: Path) -> Path:
+    """Where the held-out images of a store lie."""
+    return out.with_name(f"{out.name}-holdout")
+
+
+def name_fraction(name: str) -> float:
+    """A name's place in [0, 1), by its SHA-256: the same whatever else is in the source."""
+    return int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:13], 16) / 16**13
+
+
+def token_shape(encoder: Encoder) -> list[int]:
+    """[T, F] of an encoder's patch tokens."""
+    image = torch.zeros(1, 3, encoder.input_size, encoder.input_size, dtype=torch.uint8)
+    return list(encoder(image, return_patches=True)[1].shape[1:])
+
+
+def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
+    """Check the folders, print what will be written, reserve the disk; what earlier runs have done of each job, or None
+    where nothing is left to do."""
+    begun = [job.begun() for job in jobs]
+    pending = [job for job, progress in zip(jobs, begun, strict=True) if progress]
+    classes = "no labels" if source.labels is None else f"{source.labels.max() + 1} classes"
+    print(f"{source.path}: {len(source.names):,} images, {classes}")
+    if not pending:
+        print("the store is complete: nothing to do")
+        return begun
+    sizes = {job.path / file: size for job in pending for file, size in job.sizes().items()}
+    for path, size in sizes.items():
+        print(f"  {path}: {size / 1e9:.3f} GB")
+    out = pending[0].path.absolute()
+    missing = sum(size for path, size in sizes.items() if not path.exists())
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    print(f"disk needed: {missing / 1e9:.3f} GB, free: {free / 1e9:.3f} GB", flush=True)
+    tokens = sum(size for path, size in sizes.items() if path.parent.name == "patches")
+    if tokens > LARGE_BYTES:
+        print(f"warning: patch tokens alone take {tokens / 1e12:.2f} TB; --keep-images takes less and runs them online")
+    if missing > free:
+        raise ValueError(
+            f"--out {pending[0].path} needs {missing / 1e9:.3f} GB more, its disk has {free / 1e9:.3f} GB free: "
+            "make room or choose another folder"
+        )
+    for job, progress in zip(jobs, begun, strict=True):
+        if progress:
+            job.reserve()
+            if progress.done.any():
+                print(f"{job.path}: continuing, {progress.done.sum():,} of {len(job.rows):,} images are written")
+    return begun
+
+
+class Blocks(Dataset):
+    """Blocks of consecutive rows of a job as uint8 images: (first row, (B, c, size, size), {row: reason} of those that
+    cannot be read and are zeros). What the decoding processes run."""
+
+    def __init__(self, source: Source, job: Job, blocks: list[tuple[int, int]]):
+        self.source, self.rows, self.blocks = source, job.rows, blocks
+        self.channels, self.size = job.meta["image_channels"], job.meta["image_size"]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor, dict[int, str]]:
+        begin, end = self.blocks[number]
+        images = np.zeros((end - begin, self.channels, self.size, self.size), np.uint8)
+        broken = {}
+        for row in range(begin, end):
+            try:
+                image = self.source.image(self.rows[row])
+            except UNREADABLE as error:
+                broken[row] = f"{type(error).__name__}: {error}"
+                continue
+            images[row - begin] = square(image, self.size, self.channels, self.source.on_black)
+        return begin, torch.from_numpy(images), broken
+
+
+def blocks_to_do(done: np.ndarray, batch_size: int) -> list[tuple[int, int]]:
+    """Half-open intervals of rows not yet done, cut at multiples of the batch size: the same batches for any number of
+    processes and any point at which a run was stopped, so that rounding in the networks is the same too."""
+    rows = np.flatnonzero(~done)
+    cuts = np.flatnonzero((np.diff(rows) > 1) | (np.diff(rows // batch_size) > 0)) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(rows, cuts) if len(part)]
+
+
+def encode_job(
+    job: Job,
+    done: np.ndarray,
+    source: Source,
+    codec: Codec | None,
+    encoder: Encoder | None,
+    args: argparse.Namespace,
+    state: accelerate.PartialState,
+) -> None:
+    """Encode and write this process's share of the rows that are not done, noting progress now and then."""
+    rank, world = state.process_index, state.num_processes
+    blocks = blocks_to_do(done, args.batch_size)
+    blocks = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
+    cuda = state.device.type == "cuda"
+    loader = DataLoader(Blocks(source, job, blocks), batch_size=None, num_workers=args.workers, pin_memory=cuda)
+    progress, note = Progress(np.zeros_like(done)), job.path / PROGRESS / PART.format(rank)
+    writer, saved = Writer(job), time.monotonic()
+    total, label = sum(end - begin for begin, end in blocks), f"{job.path.name}, process {rank + 1} of {world}"
+    with tqdm(total=total, unit="img", desc=label, disable=not state.is_main_process) as bar:
+        for begin, images, broken in loader:
+            arrays = encode(images.to(state.device, non_blocking=True), job, codec, encoder)
+            names = [source.names[row] for row in job.rows[begin : begin + len(images)]]
+            check_finite(arrays, names)
+            writer.write(begin, {file: values.cpu().numpy() for file, values in arrays.items()})
+            progress.done[begin : begin + len(images)] = True
+            progress.broken |= broken
+            for row, reason in broken.items():
+                tqdm.write(f"cannot read {names[row - begin]} ({reason})")
+            bar.update(len(images))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                writer.flush()
+                progress.save(note)
+                saved = time.monotonic()
+    writer.close()
+    progress.save(note)
+
+
+@torch.no_grad()
+def encode(images: Tensor, job: Job, codec: Codec | None, encoder: Encoder | None) -> dict[str, Tensor]:
+    """The arrays of a job for uint8 images (B, c, H, W): (B, V, …) by file name. All views go through the networks
+    together, and a mirrored view is the mirrored pixels for both of them."""
+    views = [images, images.flip(-1)][: job.meta["num_views"]]
+    pixels = torch.stack(views, 1).flatten(0, 1)  # (B·V, c, H, W)
+    outputs = {}
+    if codec:
+        outputs["latents.npy"] = codec.encode(pixels)
+    if encoder:
+        tokens = f"patches/{encoder.name}.npy"
+        features = encoder(pixels, return_patches=tokens in job.files)
+        if tokens in job.files:
+            features, outputs[tokens] = features[0], features[1].half()
+        outputs[f"features/{encoder.name}.npy"] = features.half()
+    outputs = {file: values.unflatten(0, (len(images), -1)) for file, values in outputs.items()}  # (B, V, …)
+    outputs["images.npy"] = images
+    return {file: outputs[file] for file in job.files}
+
+
+def check_finite(arrays: dict[str, Tensor], names: list[str]) -> None:
+    """Raise ValueError, naming the images, where a value is NaN, infinite, or beyond float16."""
+    for file, values in arrays.items():
+        wrong = (~torch.isfinite(values)).flatten(1).any(1).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{file}: NaN, infinity or a value beyond float16 for {listed([names[i] for i in wrong])}. "
+                "Look at these images and at the weights of the network that made them"
+            )
+
+
+def listed(items: list[str]) -> str:
+    """The first ten of a list, and how many more there are."""
+    return ", ".join(items[:10]) + (f" and {len(items) - 10:,} more" if len(items) > 10 else "")
+
+
+def finish(jobs: list[Job], source: Source, skip_broken: bool) -> None:
+    """Complete the stores, or raise ValueError naming the images that could not be read."""
+    progress = [Progress.merged(job.path / PROGRESS, len(job.rows)) for job in jobs]
+    broken = [
+        f"{source.names[job.rows[row]]} ({reason})"
+        for job, part in zip(jobs, progress, strict=True)
+        for row, reason in sorted(part.broken.items())
+    ]
+    if broken and not skip_broken:
+        remedy = "restore them" if any(job.extends for job in jobs) else "add --skip-broken to leave them out"
+        raise ValueError(
+            f"{len(broken)} of {sum(len(job.rows) for job in jobs):,} images of {source.path} cannot be read: "
+            f"{listed(broken)}. The others are encoded; {remedy}, and run the same command again to finish"
+        )
+    for job, part in zip(jobs, progress, strict=True):
+        if len(part.broken) == len(job.rows):
+            raise ValueError(f"no image for {job.path} can be read: {listed(broken)}")
+        job.finish(part, source)
+        print(f"{job.path}: {len(job.rows) - len(part.broken):,} images, complete")
+
+
+if __name__ == "__main__":
+    main()
