@@ -159,10 +159,10 @@ def requirements(out: Path, settings: dict, images: int, views: int, processes: 
     existing = next(parent for parent in [out.resolve(), *out.resolve().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < disk:
-        raise ValueError(f"--out {out} has {free / 1e9:.2f} GB free, the bank takes {disk / 1e9:.2f} GB: make room")
+        raise ValueError(f"--out {out} has {free / 1e6:,.0f} MB free, the bank takes {disk / 1e6:,.0f} MB: make room")
     return (
         f"{settings['rule']}: {k} snippets of {dim} from {images} images, {settings['iterations']} passes; "
-        f"{disk / 1e9:.2f} GB of disk, {memory / 1e9:.2f} GB of memory in each of {processes} processes"
+        f"{disk / 1e6:,.1f} MB of disk, {memory / 1e6:,.1f} MB of memory a process ({processes})"
     )
 
 
