@@ -477,7 +477,8 @@ class Trainer:
         """Means since the last line of the log over all processes, to seven digits: beyond, the order of sums shows."""
         *sums, steps = self.accelerator.reduce(self.sums, "sum").tolist()
         names = ("loss", "velocity", "align", "grad_norm")
-        return {name: float(f"{value / steps:.7g}") for name, value in zip(names, sums, strict=True)}
+        means = {name: float(f"{value / steps:.7g}") for name, value in zip(names, sums, strict=True)}
+        return means if self.args.align_coeff > 0 else {name: means[name] for name in ("loss", "grad_norm")}
 
     def record(self, line: dict) -> None:
         """Append a line to the log."""

@@ -1,0 +1,28 @@
+# Sourced by demo.sh and test.sh: an environment with everything the project needs.
+# Uses the active virtual or conda environment (but not conda's base); makes .venv where there is none.
+# TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu takes PyTorch's CPU build, a fraction of the download.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    source .venv/bin/activate
+fi
+python - <<'EOF'
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"Python {sys.version.split()[0]}: this project needs 3.11 or newer")
+EOF
+
+install() { # pip leaves alone what is there already, without asking the network
+    if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'; then
+        echo "Installing into $(python -c 'import sys; print(sys.prefix)')"
+        if [ -n "${TORCH_INDEX_URL:-}" ]; then
+            echo "  PyTorch from $TORCH_INDEX_URL (the CPU build and everything else: well under 1 GB to download)"
+            python -m pip install --quiet --index-url "$TORCH_INDEX_URL" "torch>=2.11" "torchvision>=0.26"
+        else
+            echo "  about 3.2 GB to download on Linux, most of it PyTorch's CUDA build; with"
+            echo "  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu, for a machine without a GPU, well under 1 GB"
+        fi
+    fi
+    python -m pip install --quiet "$@"
+}
