@@ -22,6 +22,7 @@ from torch import Tensor
 from loss import LINEAR, Interpolant, per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+LAST_STEP = 0.04  # where the SDE's noise ends, as published
 
 
 def euler_sampler(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
@@ -56,7 +57,7 @@ def euler_maruyama_sampler(
     num_steps: int,
     *,
     interpolant: Interpolant = LINEAR,
-    last_step: float = 0.04,
+    last_step: float = LAST_STEP,
     randn: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
     """Integrate the SDE on `num_steps` grid points from t = 1 to `last_step`, then in one step without noise to t = 0.
@@ -78,7 +79,7 @@ def heun_sde_sampler(
     num_steps: int,
     *,
     interpolant: Interpolant = LINEAR,
-    last_step: float = 0.04,
+    last_step: float = LAST_STEP,
     randn: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
     """Integrate the SDE on the grid of `euler_maruyama_sampler` with Heun steps: 2·num_steps − 1 evaluations.

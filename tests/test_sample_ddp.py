@@ -1,0 +1,386 @@
+"""Sampling runs of a small random network on 8×8 images: what determines an image, what a run leaves behind, how it
+goes on, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample_ddp
+from memory.bank import MemoryBank
+from memory.files import sha256
+from models.autoencoder import load_codec, to_uint8
+from models.checkpoint import load_model
+from models.sit import SiT_models
+from sample_ddp import Generator, main, parse
+from samplers import heun_sampler, noise
+
+SIZE, DIM, CLASSES = 8, 6, 5
+FREQ = [3, 0, 5, 1, 7, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a bank and a checkpoint of every condition, as the commands before this one leave them."""
+    folder = tmp_path_factory.mktemp("trained")
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(torch.randn(len(FREQ), DIM, generator=generator), FREQ, meta={"encoder": "e", "k": len(FREQ)})
+    bank.save(folder / "bank" / "bank.pth")
+    for condition in ("snippet", "label", "label+snippet", "none"):
+        write_checkpoint(folder / f"{condition}.pt", folder, condition)
+    write_checkpoint(folder / "nullable.pt", folder, "snippet", null_dropout=0.1)
+    return folder
+
+
+def write_checkpoint(path, folder, condition, edit=lambda checkpoint: None, **options):
+    """A checkpoint of train.py with random weights: after initialisation alone every velocity would be zero."""
+    torch.manual_seed(len(condition))
+    model = SiT_models["SiT-Ti/2"](
+        input_size=SIZE, in_channels=1, condition=condition, snippet_dim=DIM, num_classes=CLASSES, **options
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    ema = {name: tensor * 0.9 for name, tensor in model.state_dict().items()}
+    file = folder / "bank" / "bank.pth"
+    checkpoint = {
+        "model": model.state_dict(),
+        "ema": ema,
+        "opt": {},
+        "args": {"interpolant": "linear", "snippet_from": "nearest"},
+        "model_config": model.config,
+        "steps": 3,
+        "codec": load_codec("pixels", channels=1).meta(SIZE),
+        "encoder": "e",
+        "bank": {"path": str(file), "sha256": sha256(file), "k": len(FREQ), "dim": DIM},
+        "store": {"path": "data/s", "fingerprint": "f", "num_images": 18, "image_size": SIZE},
+        "image_size": SIZE,
+        "num_classes": CLASSES,
+    }
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def command(folder, out, *flags, checkpoint="snippet.pt", n=7):
+    given = ["--checkpoint", folder / checkpoint, "--out", out, "--num-images", n, "--steps", 4, *flags]
+    return [str(part) for part in given]
+
+
+def pixels(out):
+    return np.load(out / "samples.npz", allow_pickle=False)["arr_0"]
+
+
+def generator(folder, *flags, **keywords):
+    return Generator(parse(command(folder, "unused", *flags, **keywords)), torch.device("cpu"))
+
+
+def almost_equal(a, b):
+    """Equal up to the rounding of float32 products, whose order of summation follows the batch size."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A complete run of 7 images."""
+    out = tmp_path_factory.mktemp("runs") / "all"
+    main(command(folder, out, "--batch-size", 7))
+    return out
+
+
+def test_what_a_run_leaves(folder, run):
+    images = pixels(run)
+    assert images.shape == (7, SIZE, SIZE, 3)
+    assert images.dtype == np.uint8
+    assert (images == images[..., :1]).all(), "grey is repeated"
+    assert len(np.unique(images.reshape(7, -1), axis=0)) == 7
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(run / f"{i:06d}.png")), image)
+    expected = {f"{i:06d}.png" for i in range(7)} | {"samples.npz", "samples.json", "preview.png"}
+    assert set(os.listdir(run)) == expected
+    assert np.array_equal(np.asarray(Image.open(run / "preview.png"))[2:10, 12:20], images[1])
+
+    facts = json.loads((run / "samples.json").read_text())
+    settings = facts["settings"]
+    assert facts["complete"]
+    assert facts["num_images"] == 7
+    assert settings["checkpoint"] == sha256(folder / "snippet.pt")
+    assert settings["bank"]["bank.pth"] == sha256(folder / "bank" / "bank.pth")
+    assert (settings["sampler"], settings["steps"], settings["evaluations"]) == ("sde", 4, 4)
+    assert (settings["last_step"], settings["guidance"], settings["snippets"]) == (0.04, None, "noise")
+    assert (settings["weights"], settings["seed"], settings["labels"]) == ("ema", 0, None)
+    assert facts["run"]["generated"] == 7
+    assert facts["run"]["images_per_second"] > 0
+
+
+def test_an_image_is_the_sampler_applied_to_its_noise_and_snippet(folder, tmp_path):
+    main(command(folder, tmp_path, "--sampler", "heun", "--seed", 3, "--weights", "model", "--uint8", "truncate", n=3))
+    model, _, bank = load_model(folder / "snippet.pt", "model")
+    z = noise(3, torch.arange(3), 0, (1, SIZE, SIZE))
+    cumulative = np.cumsum(FREQ) / np.sum(FREQ)
+    for i in range(3):
+        u = torch.special.ndtr(z[i].double().mean() * SIZE)
+        row = min(int((cumulative <= u.item()).sum()), 5)  # the published rule, written out
+        snippet = F.normalize(bank.snippets[row], dim=0)[None]
+        with torch.no_grad():
+            x = heun_sampler(lambda x, t, s=snippet: model(x.float(), t.float(), s), z[i : i + 1], 4)
+        image = to_uint8(x.clamp(-1, 1), "truncate")[0, 0].numpy()
+        assert almost_equal(pixels(tmp_path)[i, ..., 0], image)
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", 3), ("--batch-size", 1), ("--format", "npz")])
+def test_batch_size_and_format_change_nothing(folder, run, tmp_path, flags):
+    main(command(folder, tmp_path, *flags))
+    assert almost_equal(pixels(tmp_path), pixels(run))
+    assert (tmp_path / "000000.png").exists() != ("npz" in flags)
+    assert (tmp_path / "preview.png").read_bytes() or "npz" in flags
+
+
+def test_png_alone(folder, run, tmp_path):
+    main(command(folder, tmp_path, "--format", "png", n=2))
+    assert set(os.listdir(tmp_path)) == {"000000.png", "000001.png", "samples.json", "preview.png"}
+    main(command(folder, tmp_path, "--format", "png", n=4))
+    images = np.stack([np.asarray(Image.open(tmp_path / f"{i:06d}.png")) for i in range(4)])
+    assert almost_equal(images, pixels(run)[:4])
+
+
+def test_two_processes_make_the_same_images(folder, run, tmp_path, root):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [*launch, "sample_ddp.py", *command(folder, tmp_path, "--batch-size", 2)],
+        cwd=root,
+        env=environment,
+        check=True,
+        timeout=300,
+    )
+    assert almost_equal(pixels(tmp_path), pixels(run))
+    assert json.loads((tmp_path / "samples.json").read_text())["run"]["processes"] == 2
+
+
+def interrupted(monkeypatch, after, *arguments, **keywords):
+    """Run the command until `after` batches are made, then fail."""
+    calls, real = [], Generator.__call__
+
+    def stop(self, images):
+        calls.append(images)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(*arguments, **keywords))
+
+
+def test_the_same_command_continues(folder, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    main(command(folder, whole, "--batch-size", 2))
+    interrupted(monkeypatch, 2, folder, part, "--batch-size", 2)
+    assert not (part / "samples.npz").exists()
+    assert not json.loads((part / "samples.json").read_text())["complete"]
+    (part / ".000005.99.tmp.png").write_bytes(b"half an image")
+
+    main(command(folder, part, "--batch-size", 2))
+    facts = json.loads((part / "samples.json").read_text())
+    assert facts["run"]["generated"] in (3, 5), "the batch that was being written may or may not have been finished"
+    assert sorted(os.listdir(part)) == sorted(os.listdir(whole))
+    for name in os.listdir(whole):
+        if name != "samples.json":
+            assert (part / name).read_bytes() == (whole / name).read_bytes(), name
+
+    before = {name: (whole / name).stat().st_mtime_ns for name in os.listdir(whole)}
+    main(command(folder, whole, "--batch-size", 5))  # complete: nothing to do
+    assert before == {name: (whole / name).stat().st_mtime_ns for name in os.listdir(whole)}
+
+
+@pytest.mark.parametrize("format", ["both", "npz"])
+def test_a_run_grows(folder, run, tmp_path, monkeypatch, format):
+    main(command(folder, tmp_path, "--format", format, n=2))
+    interrupted(monkeypatch, 1, folder, tmp_path, "--format", format, "--batch-size", 1, n=4)
+    main(command(folder, tmp_path, "--format", format))
+    assert almost_equal(pixels(tmp_path), pixels(run))
+    assert json.loads((tmp_path / "samples.json").read_text())["num_images"] == 7
+
+
+def test_a_run_that_stopped_before_packing_packs(folder, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ddp, "make_grid", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command(folder, tmp_path))
+    main(command(folder, tmp_path))
+    assert almost_equal(pixels(tmp_path), pixels(run))
+    assert not (tmp_path / ".done").exists()
+
+
+def test_another_run_in_the_same_folder_is_refused(folder, run, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)made otherwise.*seed: there 0, here 1"):
+        main(command(folder, run, "--seed", 1))
+    with pytest.raises(ValueError, match="sampler: there sde, here euler"):
+        main(command(folder, run, "--sampler", "euler"))
+    with pytest.raises(ValueError, match=r"--num-images 6.*run of 7"):
+        main(command(folder, run, n=6))
+    shutil.copy(run / "000000.png", tmp_path)
+    with pytest.raises(ValueError, match=r"holds images but no samples\.json"):
+        main(command(folder, tmp_path))
+
+
+def test_snippet_choices(folder, tmp_path):
+    images = torch.arange(3000)
+    z = noise(0, images, 0, (1, SIZE, SIZE))
+    share = torch.tensor(FREQ) / sum(FREQ)
+    bank = MemoryBank.load(folder / "bank")
+    for rule in ("noise", "random"):
+        made = generator(folder, "--snippets", rule)
+        snippets = made.conditions(images, z)["snippet"]
+        drawn = torch.bincount(bank.nearest(snippets), minlength=len(FREQ)) / len(images)
+        assert (drawn - share).abs().max() < 4 * 0.5 / 3000**0.5, rule
+        assert (drawn[share == 0] == 0).all()
+        some = torch.tensor([2000, 7])
+        assert torch.equal(made.conditions(some, z[some])["snippet"], snippets[some])
+
+    (tmp_path / "rows.txt").write_text("4 0\n2\n")
+    np.save(tmp_path / "rows.npy", np.array([4, 0, 2], dtype=np.int32))
+    for name in ("rows.txt", "rows.npy"):
+        snippets = generator(folder, "--snippets", tmp_path / name).conditions(images[:5], z[:5])["snippet"]
+        assert torch.equal(snippets, bank[[4, 0, 2, 4, 0]])
+    vectors = np.random.default_rng(0).normal(size=(4, DIM))
+    np.save(tmp_path / "vectors.npy", vectors)
+    snippets = generator(folder, "--snippets", tmp_path / "vectors.npy").conditions(images[:5], z[:5])["snippet"]
+    np.testing.assert_allclose(snippets, vectors[[0, 1, 2, 3, 0]], rtol=1e-6)
+
+
+def test_label_choices(folder):
+    images = torch.arange(3000)
+    z = torch.zeros(3000, 1, SIZE, SIZE)
+    balanced = generator(folder, "--labels", "balanced", checkpoint="label.pt").conditions(images, z)["label"]
+    assert balanced[:6].tolist() == [0, 1, 2, 3, 4, 0]
+    drawn = generator(folder, checkpoint="label.pt").conditions(images, z)["label"]
+    counts = torch.bincount(drawn)
+    assert len(counts) == CLASSES
+    assert (counts - 600).abs().max() < 4 * (3000 * 0.2 * 0.8) ** 0.5
+    labels, snippets = generator(folder, checkpoint="label+snippet.pt").conditions(images[:4], z[:4])["label+snippet"]
+    assert torch.equal(labels, drawn[:4])
+    assert snippets.shape == (4, DIM)
+
+
+@pytest.mark.parametrize("condition", ["label", "label+snippet", "none"])
+def test_every_condition_samples(folder, condition):
+    images = generator(folder, "--sampler", "heun-sde", checkpoint=f"{condition}.pt")(torch.arange(2))
+    assert images.shape == (2, SIZE, SIZE, 3)
+
+
+def test_guidance(folder):
+    images = torch.arange(4)
+
+    def made(*flags, **keywords):
+        return generator(folder, "--sampler", "euler", *flags, **keywords)(images)
+
+    plain = made()
+    unconditional = folder / "none.pt"
+    for guide in (unconditional, folder / "nullable.pt"):
+        assert almost_equal(made("--guide", guide, "--guidance-scale", 1), plain)
+    assert almost_equal(made("--guide", unconditional, "--guidance-scale", 0), made(checkpoint="none.pt"))
+    strong = made("--guide", unconditional, "--guidance-scale", 3)
+    assert (strong != plain).mean() > 0.2
+    never = ("--guidance-interval", 0.9, 0.95)  # the four times are 1, 0.75, 0.5 and 0.25
+    assert np.array_equal(made("--guide", unconditional, "--guidance-scale", 3, *never), plain)
+    null = made("--guide", "null", "--guidance-scale", 3, checkpoint="nullable.pt")
+    assert (null != made(checkpoint="nullable.pt")).mean() > 0.2
+    made("--guide", "null", "--guidance-scale", 3, checkpoint="label.pt")
+
+
+def test_precision_and_rounding(folder):
+    images = torch.arange(4)
+    rounded, truncated = generator(folder)(images), generator(folder, "--uint8", "truncate")(images)
+    assert set(np.unique(rounded.astype(int) - truncated)) == {0, 1}
+    half = generator(folder, "--precision", "bf16")(images)
+    assert 0 < np.abs(half.astype(int) - rounded).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-images", "0"), "--num-images 0: expected at least 1"),
+        (("--sampler", "dopri5"), "invalid choice: 'dopri5'"),
+        (("--steps", "1"), "--steps 1: expected at least 2"),
+        (("--last-step", "0"), "--last-step 0.0"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--guide", "null"), "need each other"),
+        (("--guide", "null", "--guidance-scale", "2", "--guidance-interval", "0.5", "0.2"), "0 <= LO <= HI <= 1"),
+    ],
+)
+def test_bad_command_lines(folder, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        main(command(folder, "unused", *flags))
+    assert message in capsys.readouterr().err
+
+
+def test_bad_snippets(folder, tmp_path):
+    arrays = {
+        "wide.npy": (np.ones((3, DIM + 1)), rf"\(3, {DIM + 1}\); the checkpoint takes \(M, {DIM}\)"),
+        "nan.npy": (np.full((3, DIM), np.nan), "3 vectors are zero or not finite"),
+        "zero.npy": (np.eye(DIM) * np.arange(DIM)[:, None], "1 vectors are zero or not finite, the first at 0"),
+        "rows.npy": (np.array([0, 7]), "names rows 0 to 7; the bank has 0 to 6"),
+        "empty.npy": (np.zeros(0, dtype=np.int64), "expected M integers"),
+        "cube.npy": (np.zeros((2, 2, 2)), "expected M integers"),
+    }
+    for name, (array, message) in arrays.items():
+        np.save(tmp_path / name, array)
+        with pytest.raises(ValueError, match=message):
+            main(command(folder, tmp_path / "out", "--snippets", tmp_path / name))
+    np.save(tmp_path / "objects.npy", np.array([None]), allow_pickle=True)
+    (tmp_path / "words.txt").write_text("one two")
+    for name, message in (
+        ("objects.npy", "no plain array"),
+        ("words.txt", "no whole numbers"),
+        ("none.npy", "existing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(command(folder, tmp_path / "out", "--snippets", tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
+    def refused(message, *flags, **keywords):
+        with pytest.raises(ValueError, match=message):
+            main(command(folder, tmp_path / "out", *flags, **keywords))
+
+    np.save(tmp_path / "vectors.npy", np.ones((2, DIM)))
+    refused("condition is 'label': leave out --snippets", "--bank", folder / "bank", checkpoint="label.pt")
+    refused("condition is 'none': leave out --snippets random", "--snippets", "random", checkpoint="none.pt")
+    refused("not read with the vectors", "--bank", folder / "bank", "--snippets", tmp_path / "vectors.npy")
+    MemoryBank(torch.ones(2, DIM + 1), [1, 1]).save(tmp_path / "wide" / "bank.pth")
+    MemoryBank(torch.ones(2, DIM), [1, 1], meta={"encoder": "f"}).save(tmp_path / "other" / "bank.pth")
+    refused(f"dimension {DIM + 1}; the checkpoint takes {DIM}", "--bank", tmp_path / "wide")
+    refused("encoder 'f'", "--bank", tmp_path / "other")
+
+    refused("trained without a null", "--guide", "null", "--guidance-scale", 2)
+    refused("its condition is label", "--guide", folder / "label.pt", "--guidance-scale", 2)
+    write_checkpoint(tmp_path / "big.pt", folder, "none", lambda c: c["codec"].update(scale=0.5))
+    refused(r"scale is 0\.5, expected", "--guide", tmp_path / "big.pt", "--guidance-scale", 2)
+    for codec in ((), ("--codec", "pixels")):
+        refused(r"scale is 0\.0078\d+, expected 0\.5", *codec, checkpoint=tmp_path / "big.pt")
+
+    usage = namedtuple("usage", "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(7 * SIZE * SIZE * 3 * 3 - 1))
+        refused("are needed")
+    assert not (tmp_path / "out").exists()
+
+    write_checkpoint(tmp_path / "nan.pt", folder, "none", lambda c: c["ema"]["x_embedder.proj.bias"].fill_(torch.nan))
+    refused("are not finite", checkpoint=tmp_path / "nan.pt")
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_clustered_bank_for_a_network_of_own_features_warns(folder, tmp_path):
+    write_checkpoint(tmp_path / "own.pt", folder, "snippet", lambda c: c["args"].update(snippet_from="own"))
+    with pytest.warns(UserWarning, match="averages"):
+        generator(folder, checkpoint=tmp_path / "own.pt")
