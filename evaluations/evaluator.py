@@ -1,0 +1,196 @@
+"""Command: the metrics of ADM's evaluation, with the same command line and the same printed lines.
+
+    python -m evaluations.evaluator REF SAMPLES [--inception FILE | --encoder NAME]
+
+REF is an npz in ADM's layout (reference.py) or images: npz, folder, zip, store, idx file. SAMPLES are images. With
+`--encoder` the distance is named after that encoder, FD-NAME, and is no FID. README.md in this folder says what is
+comparable with published tables. `torchrun -m evaluations.evaluator …` shares the images among processes.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch_fidelity
+from accelerate import PartialState
+
+from evaluations.features import EncoderNetwork, Network, Summary, summarize
+from evaluations.images import open_images
+from evaluations.inception import Inception, find_weights
+from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
+from evaluations.reference import Reference, if_writable
+from memory.files import write_json
+
+ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
+FAMILIES = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "efficientnet", "mobilenet", "convnext", "resnet")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(prog="evaluations.evaluator", description="Metrics of generated images.")
+    add = parser.add_argument
+    add("reference", metavar="REF", type=Path, help="npz in ADM's layout, or images: npz, folder, zip, store, idx.gz")
+    add("samples", metavar="SAMPLES", type=Path, nargs="?", help="images: npz with arr_0, folder, zip, store, idx.gz")
+    add("--seeds", metavar="SAMPLES", type=Path, nargs="+", default=[], help="samples of more seeds: mean and spread")
+    add("--inception", metavar="FILE", help="Inception weights (default: $INCEPTION_WEIGHTS, then torch hub's cache)")
+    add("--encoder", metavar="NAME", help="encoder of models/encoder.py instead of Inception; it names the metrics")
+    add("--encoder-weights", metavar="FILE", help="local weights of --encoder")
+    add("--num-samples", metavar="N", type=int, help="use the first N of the samples (default: all)")
+    add("--batch-size", metavar="B", type=int, help="images at once on a process (default: 128 on a GPU, 32 on a CPU)")
+    add("--no-precision-recall", action="store_true", help="leave out what needs images of the reference, KID too")
+    add("--no-cache", action="store_true", help="neither read nor write the reference's features beside REF")
+    add("--save-reference", metavar="OUT.npz", type=Path, help="write REF in ADM's layout; SAMPLES may be left out")
+    add("--out", metavar="FILE", type=Path, help="JSON of the results (default: beside SAMPLES)")
+    args = parser.parse_args(argv)
+    if args.samples is None and args.save_reference is None:
+        parser.error("SAMPLES is missing (only --save-reference goes without)")
+    if args.encoder and (args.inception or args.save_reference):
+        parser.error("--encoder goes neither with --inception nor with --save-reference, whose layout is Inception's")
+    if args.encoder_weights and not args.encoder:
+        parser.error("--encoder-weights needs --encoder")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; the first process prints and writes."""
+    args = parse(argv)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    batch_size = args.batch_size or (128 if state.device.type == "cuda" else 32)
+
+    sets = [Samples(path, args.num_samples) for path in [args.samples, *args.seeds] if path]
+    reference = Reference(args.reference, use_moments=not args.encoder, use_images=not args.no_precision_recall)
+    check_sets(reference, sets)
+    if args.encoder:
+        network = EncoderNetwork(args.encoder, args.encoder_weights, state.device)
+    else:
+        network = Inception(find_weights(args.inception), state.device)
+
+    known = reference.summary(network, batch_size, state, cache=not args.no_cache)
+    if args.save_reference and state.is_main_process:
+        reference.save(args.save_reference, known, batch_size)
+        print(f"wrote {args.save_reference}")
+    results = []
+    for samples in sets:
+        found = summarize(samples.images, samples.count, range(samples.count), network, batch_size, state, "samples")
+        if state.is_main_process:
+            results.append(metrics(known, found, network.name, images=not args.no_precision_recall))
+    if results:
+        report(results, sets, reference, network, args.out)
+
+
+class Samples:
+    """A set of samples: its images, how many of them count, and what samples.json beside them says."""
+
+    def __init__(self, path: Path, num_samples: int | None):
+        self.images = open_images(path)
+        self.path = self.images.path
+        beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
+        self.made = json.loads(beside.read_text()) if beside.is_file() else {}
+        self.settings = self.made.get("settings", {})
+        found, intended = len(self.images), self.made.get("num_images", len(self.images))
+        if found != intended or not self.made.get("complete", True):
+            raise ValueError(f"{path}: holds {found:,} images; {beside}: {intended:,}; run its sampling command again")
+        self.count = found if num_samples is None else num_samples
+        if not 4 <= self.count <= found:
+            raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected 4 to {found:,}")
+
+
+def check_sets(reference: Reference, sets: list[Samples]) -> None:
+    """ValueError unless all images have one size, and the sets of samples one count and different seeds."""
+    for samples in sets:
+        for other in [sets[0].images] + [reference.images] * (reference.images is not None):
+            if samples.images.size != other.size:
+                sizes = f"{samples.images.size}, those of {other.path} {other.size}"
+                raise ValueError(f"{samples.path}: its images are {sizes} (height, width); resize one side beforehand")
+        if samples.count != sets[0].count:
+            counts = f"{samples.count:,} samples, {sets[0].path} has {sets[0].count:,}"
+            raise ValueError(f"{samples.path}: {counts}; give --num-samples")
+    seeds = [samples.settings["seed"] for samples in sets if "seed" in samples.settings]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds: the sets were sampled with seeds {seeds}; the spread needs different ones")
+
+
+def metrics(reference: Summary, samples: Summary, network: str, images: bool) -> dict[str, float]:
+    """All metrics by name; those of an encoder other than Inception carry its name."""
+    inception = samples.probs is not None
+    suffix = "" if inception else f"-{network}"
+    values = {}
+    if inception:
+        values["Inception Score"] = inception_score(samples.probs)
+    for name, mu, sigma in (("FID" if inception else "FD", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if mu in samples.moments:
+            pairs = (summary.moments[key] for summary in (reference, samples) for key in (mu, sigma))
+            values[name + suffix] = frechet_distance(*pairs)
+    if images:
+        precision, recall = precision_recall(reference.features, samples.features)
+        values["Precision" + suffix], values["Recall" + suffix] = precision, recall
+        values[("KID" if inception else "KD") + suffix] = kid(reference.features, samples.features)
+    return values
+
+
+def report(
+    results: list[dict[str, float]], sets: list[Samples], reference: Reference, network: Network, out: Path | None
+) -> None:
+    """Print ADM's lines, with the spread over seeds if there are several sets, and write the same as JSON."""
+    count, first = sets[0].count, sets[0].path
+    related = any(family(samples.settings.get("encoder")) == family(network.name) for samples in sets)
+    warnings = []
+    if related:
+        warnings.append(f"{network.name} is of the family of the snippet encoder: not for comparison with other models")
+    if not getattr(network, "published", True):
+        warnings.append(
+            "the Inception weights are not the published file: nothing here compares with published numbers"
+        )
+
+    print(f"{count:,} samples of {first} against {reference.path} (sha256 {reference.digest[:12]})")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    summary, spread = {}, {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        summary[name] = statistics.fmean(values)
+        line, notes = f"{name}: {summary[name]:.6g}", []
+        if len(values) > 1:
+            spread[name] = statistics.stdev(values)
+            notes.append(f"± {spread[name]:.3g}, standard deviation of {len(values)} seeds")
+        if count < ENOUGH:
+            biased = f"; below {ENOUGH:,} samples {name} is biased upward" if "FID" in name or "FD" in name else ""
+            notes.append(f"N={count:,}{biased}")
+        print(line + (f" ({'; '.join(notes)})" if notes else ""))
+
+    path = out or (first if first.is_dir() else first.parent) / f"{first.stem}.{network.name}.json"
+    with contextlib.nullcontext() if out else if_writable(path):
+        write_json(
+            path,
+            {
+                "metrics": summary,
+                "spread": spread,
+                "num_samples": count,
+                "samples": [
+                    {"path": str(samples.path), "metrics": result, "made": samples.made}
+                    for samples, result in zip(sets, results, strict=True)
+                ],
+                "reference": {"path": str(reference.path), "sha256": reference.digest, "kept": len(reference.kept)},
+                "network": network.identity(),
+                "same_family_as_snippets": related,
+                "warnings": warnings,
+                "versions": {module.__name__: module.__version__ for module in (torch, np, torch_fidelity)},
+            },
+        )
+
+
+def family(encoder: str | None) -> str | None:
+    """The kind of network behind an encoder's name, the name itself if it is none of FAMILIES."""
+    return next((kind for kind in FAMILIES if kind in (encoder or "").lower()), encoder)
+
+
+if __name__ == "__main__":
+    main()

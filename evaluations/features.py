@@ -1,0 +1,114 @@
+"""A set of images becomes what the metrics need: moments of all its features, some features, class probabilities.
+
+Images are shared among the processes in contiguous slices and the parts put together in order on every process, so
+that one process and many give the same numbers up to the order of float64 sums.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from tqdm import tqdm
+
+from evaluations.images import ImageSet
+from evaluations.inception import Features
+from evaluations.metrics import Statistics
+from models.encoder import load_encoder
+
+
+class Network(Protocol):
+    """What turns images (B, 3, H, W) into features: `Inception`, or any encoder."""
+
+    name: str
+
+    def identity(self) -> dict: ...
+    def __call__(self, images: torch.Tensor) -> Features: ...
+
+
+class EncoderNetwork:
+    """An encoder of `models.encoder` in Inception's place."""
+
+    def __init__(self, name: str, weights: str | None, device: torch.device):
+        self.encoder = load_encoder(name, weights, device)
+        self.name = self.encoder.name
+        self.identity = self.encoder.meta
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(self.encoder(images))
+
+
+@dataclass
+class Summary:
+    """What the metrics need of a set of images, on the network's device."""
+
+    moments: dict[str, torch.Tensor]  # mu (F,), sigma (F, F) and, of Inception, mu_s (2023,), sigma_s (2023, 2023)
+    features: torch.Tensor | None  # (M, F) of the kept images
+    probs: torch.Tensor | None = None  # (M, 1008) of the kept images, Inception only
+
+
+def summarize(
+    images: ImageSet,
+    count: int,
+    kept: Sequence[int],
+    network: Network,
+    batch_size: int,
+    state: PartialState,
+    title: str,
+) -> Summary:
+    """Run the first `count` images through the network; keep features and probabilities of the ascending rows `kept`.
+
+    `batch_size` is each process's. ValueError if there are fewer images than processes.
+    """
+    if count < state.num_processes:
+        raise ValueError(f"{images.path}: {count} images for {state.num_processes} processes; start fewer")
+    shares = list(itertools.pairwise(count * rank // state.num_processes for rank in range(state.num_processes + 1)))
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[list(kept)] = True
+    start, stop = shares[state.process_index]
+    pool, spatial, features, probs = None, None, [], []
+    batches = images.batches(range(start, stop), batch_size)
+    with tqdm(total=stop - start, unit="img", desc=title, disable=not state.is_main_process) as progress:
+        for batch, rows in zip(batches, keep[start:stop].split(batch_size), strict=True):
+            output = network(batch.to(state.device))
+            rows = rows.to(state.device)
+            pool = pool or Statistics(output.pool.shape[1], state.device)
+            pool.update(output.pool)
+            features.append(output.pool[rows])
+            if output.spatial is not None:
+                spatial = spatial or Statistics(output.spatial.shape[1], state.device)
+                spatial.update(output.spatial)
+                probs.append(output.probs[rows])
+            progress.update(len(batch))
+
+    counts = [int(keep[a:b].sum()) for a, b in shares]
+    pool = merged(pool, state)
+    moments = {"mu": pool.mean, "sigma": pool.covariance()}
+    features = gathered(torch.cat(features), counts, state)
+    if spatial is None:
+        return Summary(moments, features)
+    spatial = merged(spatial, state)
+    moments |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance()}
+    return Summary(moments, features, gathered(torch.cat(probs), counts, state))
+
+
+def merged(part: Statistics, state: PartialState) -> Statistics:
+    """The statistics of all processes' images, on every process."""
+    dim = len(part.mean)
+    total = Statistics(dim, state.device)
+    packed = torch.cat([part.mean.new_tensor([part.count]), part.mean, part.scatter.flatten()])
+    for row in gather(packed[None]):  # (world, 1 + F + F²)
+        total.combine(int(row[0]), row[1 : 1 + dim], row[1 + dim :].view(dim, dim))
+    return total
+
+
+def gathered(part: torch.Tensor, counts: list[int], state: PartialState) -> torch.Tensor:
+    """The rows of all processes in order, on every process; process i has `counts[i]` of them."""
+    padded = part.new_zeros(max(counts), part.shape[1])
+    padded[: len(part)] = part
+    parts = gather(padded).view(state.num_processes, max(counts), -1)
+    return torch.cat([rows[:count] for rows, count in zip(parts, counts, strict=True)])
