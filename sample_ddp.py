@@ -128,7 +128,7 @@ class Generator:
         vectors = self.entries is not None and self.entries.ndim == 2
         if vectors and args.bank:
             raise ValueError(
-                f"--bank {args.bank}: not read with the vectors of --snippets {args.snippets}; leave one out"
+                f"--bank {args.bank}: not read with the vectors of --snippets {args.snippets}: leave it out"
             )
         bank = False if vectors else args.bank
         self.model, self.config, self.bank = load_model(args.checkpoint, args.weights, device, bank)
@@ -163,11 +163,8 @@ class Generator:
     def _load_guide(self) -> tuple[SiT | None, str | None]:
         """The network that predicts the weaker velocity and its hash: this one given the null, or another."""
         path, model = self.args.guide, self.model
-        if (
-            path == "null"
-            and model.null_dropout == 0
-            and not (self.kinds == ["label"] and model.config["label_dropout"])
-        ):
+        null = model.null_dropout > 0 or (self.kinds == ["label"] and model.config["label_dropout"] > 0)
+        if path == "null" and not null:
             raise ValueError(
                 f"--guide null: the checkpoint's condition {model.condition!r} was trained without a null; train with "
                 "null_dropout > 0, or guide with another checkpoint"
@@ -205,10 +202,8 @@ class Generator:
         snippets = args.snippets if self.entries is None else sha256(args.snippets)
         times = []
         samplers[args.sampler](lambda x, t: times.append(t) or x, torch.zeros(1, 1), args.steps)  # counts evaluations
-        given = {
-            name: getattr(args, name)
-            for name in ("weights", "sampler", "steps", "seed", "precision", "uint8", "format")
-        }
+        names = ("weights", "sampler", "steps", "seed", "precision", "uint8", "format")
+        given = {name: getattr(args, name) for name in names}
         return given | {
             "checkpoint": self.config["checkpoint"]["sha256"],
             "training_steps": self.config["steps"],
@@ -302,13 +297,13 @@ def read_snippets(path: str) -> Tensor:
     bad = ~(vectors.isfinite().all(dim=1) & vectors.any(dim=1))  # (M,)
     if bad.any():
         raise ValueError(
-            f"--snippets {path}: {bad.sum()} vectors are zero or not finite, the first at {bad.int().argmax()}"
+            f"--snippets {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first"
         )
     return vectors
 
 
 class Output:
-    """The folder of the images; what is finished is on disk before it is marked so, and a killed run loses two batches.
+    """The folder of the images; what is finished is on disk before it is marked so: a killed run loses two batches.
 
     An unfinished run also has `.pixels` (N, H, W, 3), the npz in the making, and `.done` (N,), a byte an image. Each
     process writes its bytes of both, without memory maps, whose pages would clash on network file systems.
@@ -337,13 +332,14 @@ class Output:
             old = json.loads(self.json.read_text())
             self._check_same(old)
             marks = np.ones(old["num_images"], np.uint8) if old["complete"] else np.fromfile(self.done, np.uint8)
-            done[: len(marks)] = marks
+            done[: len(marks)] = marks[: self.num_images]
         elif self.archive.exists() or any(self.folder.glob("*.png")):
             raise ValueError(
                 f"--out {self.folder} holds images but no samples.json to say which; choose another folder"
             )
         left = np.flatnonzero(done == 0)
         if old and old["complete"] and not len(left):
+            self._tidy()
             return None
         self._check_disk(len(left))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -353,11 +349,7 @@ class Output:
             with open(self.pixels, "ab"):
                 os.truncate(self.pixels, self.num_images * self.image_bytes)
         if self.npz and old and old["complete"]:
-            with (
-                zipfile.ZipFile(self.archive) as archive,
-                archive.open("arr_0.npy") as rows,
-                open(self.pixels, "r+b") as to,
-            ):
+            with zipfile.ZipFile(self.archive).open("arr_0.npy") as rows, open(self.pixels, "r+b") as to:
                 np.lib.format.read_magic(rows)
                 np.lib.format.read_array_header_1_0(rows)
                 shutil.copyfileobj(rows, to, CHUNK)
@@ -368,11 +360,8 @@ class Output:
 
     def _check_same(self, old: dict) -> None:
         now = json.loads(json.dumps(self.facts["settings"]))
-        lines = [
-            f"{key}: there {old['settings'].get(key)}, here {now[key]}"
-            for key in now
-            if old["settings"].get(key) != now[key]
-        ]
+        there = {key: old["settings"].get(key) for key in now}
+        lines = [f"{key}: there {there[key]}, here {now[key]}" for key in now if there[key] != now[key]]
         if lines:
             raise ValueError(
                 f"--out {self.folder} holds images made otherwise; choose another folder\n  " + "\n  ".join(lines)
@@ -384,10 +373,8 @@ class Output:
 
     def _check_disk(self, left: int) -> None:
         place = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
-        needed, free = (
-            self.image_bytes * ((self.num_images + left) * self.npz + left * self.png),
-            shutil.disk_usage(place).free,
-        )
+        needed = self.image_bytes * ((self.num_images + left) * self.npz + left * self.png)
+        free = shutil.disk_usage(place).free
         if free < needed:
             sizes = f"up to {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free"
             raise ValueError(f"--out {self.folder}: {sizes}; choose another disk, --format png, or fewer --num-images")
@@ -446,8 +433,11 @@ class Output:
         with atomic(self.folder / "preview.png") as temporary:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
         write_json(self.json, self.facts | {"complete": True, "run": run})
-        self.pixels.unlink(missing_ok=True)
-        self.done.unlink()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        for file in (self.pixels, self.done):
+            file.unlink(missing_ok=True)
 
 
 def generate(generator: Generator, output: Output, left: np.ndarray, batch_size: int, rank: int, world: int) -> None:

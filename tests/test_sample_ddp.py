@@ -21,7 +21,7 @@ from models.autoencoder import load_codec, to_uint8
 from models.checkpoint import load_model
 from models.sit import SiT_models
 from sample_ddp import Generator, main, parse
-from samplers import heun_sampler, noise
+from samplers import noise, samplers
 
 SIZE, DIM, CLASSES = 8, 6, 5
 FREQ = [3, 0, 5, 1, 7, 2, 0]
@@ -119,17 +119,20 @@ def test_what_a_run_leaves(folder, run):
     assert facts["run"]["images_per_second"] > 0
 
 
-def test_an_image_is_the_sampler_applied_to_its_noise_and_snippet(folder, tmp_path):
-    main(command(folder, tmp_path, "--sampler", "heun", "--seed", 3, "--weights", "model", "--uint8", "truncate", n=3))
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_an_image_is_the_sampler_applied_to_its_noise_and_snippet(folder, tmp_path, sampler):
+    main(command(folder, tmp_path, "--sampler", sampler, "--seed", 3, "--weights", "model", "--uint8", "truncate", n=3))
     model, _, bank = load_model(folder / "snippet.pt", "model")
-    z = noise(3, torch.arange(3), 0, (1, SIZE, SIZE))
+    starts = noise(3, torch.arange(3), 0, (1, SIZE, SIZE))
     cumulative = np.cumsum(FREQ) / np.sum(FREQ)
-    for i in range(3):
-        u = torch.special.ndtr(z[i].double().mean() * SIZE)
+    for i, z in enumerate(starts):
+        u = torch.special.ndtr(z.double().mean() * SIZE)
         row = min(int((cumulative <= u.item()).sum()), 5)  # the published rule, written out
         snippet = F.normalize(bank.snippets[row], dim=0)[None]
+        steps = (noise(3, torch.tensor([i]), step, z.shape) for step in (1, 2, 3))
+        options = {"randn": lambda x, steps=steps: next(steps)} if sampler == "sde" else {}
         with torch.no_grad():
-            x = heun_sampler(lambda x, t, s=snippet: model(x.float(), t.float(), s), z[i : i + 1], 4)
+            x = samplers[sampler](lambda x, t, s=snippet: model(x.float(), t.float(), s), z[None], 4, **options)
         image = to_uint8(x.clamp(-1, 1), "truncate")[0, 0].numpy()
         assert almost_equal(pixels(tmp_path)[i, ..., 0], image)
 
@@ -327,7 +330,7 @@ def test_bad_snippets(folder, tmp_path):
     arrays = {
         "wide.npy": (np.ones((3, DIM + 1)), rf"\(3, {DIM + 1}\); the checkpoint takes \(M, {DIM}\)"),
         "nan.npy": (np.full((3, DIM), np.nan), "3 vectors are zero or not finite"),
-        "zero.npy": (np.eye(DIM) * np.arange(DIM)[:, None], "1 vectors are zero or not finite, the first at 0"),
+        "zero.npy": (np.eye(DIM) * np.arange(DIM)[:, None], "1 vectors are zero or not finite, row 0 first"),
         "rows.npy": (np.array([0, 7]), "names rows 0 to 7; the bank has 0 to 6"),
         "empty.npy": (np.zeros(0, dtype=np.int64), "expected M integers"),
         "cube.npy": (np.zeros((2, 2, 2)), "expected M integers"),

@@ -109,6 +109,15 @@ def test_times_of_the_evaluations(name, calls):
     assert times[-1] == pytest.approx(0.04 if name in sde_samplers else 0.1)
 
 
+def test_heun_sde_adds_the_noise_before_it_looks():
+    states = []
+    for name in ("sde", "heun-sde"):
+        seen = []
+        sde_samplers[name](lambda x, t, seen=seen: seen.append(x) or 0 * x, torch.zeros(1, 1), 4, randn=torch.ones_like)
+        states.append(seen[0].item())
+    assert states == [0, pytest.approx((2 * 0.96 / 3) ** 0.5)]  # √(w(1)·|dt|)
+
+
 @pytest.mark.parametrize("name", list(samplers))
 def test_a_grid_without_a_step_is_an_error(name):
     with pytest.raises(ValueError, match="falling grid"):
