@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from evaluations.metrics import Statistics, frechet_distance, inception_score, kid, precision_recall
+from evaluations.metrics import Statistics, frechet_distance, inception_score, kid, precision_recall, squared_distances
 
 
 def random(*shape, seed=0):
@@ -155,6 +155,10 @@ def test_identical_rows_lie_at_distance_zero():
     reference = 1e3 + random(64, 32, seed=1)
     assert precision_recall(reference, np.repeat(reference[:1], 20, axis=0), block=9) == (1, 1 / 64)
     assert precision_recall(reference, reference, block=9) == (1, 1)
+    rows = torch.from_numpy(3 + random(100, 2048))
+    distances = squared_distances(rows[:50], rows)
+    assert (distances[:, :50].diagonal() == 0).all()
+    torch.testing.assert_close(distances, torch.cdist(rows[:50], rows).square(), rtol=1e-9, atol=1e-9)
 
 
 def test_too_few_images_and_other_features_are_refused():
