@@ -57,14 +57,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_images(args: argparse.Namespace) -> None:
     """Write the first `--train` and `--test` rows of the four files under their own names."""
-    for part, count in (("train", args.train), ("t10k", args.test)):
+    contents = {}
+    for flag, part, count in (("--train", "train", args.train), ("--test", "t10k", args.test)):
         for kind in MAGIC:
             values = rows(args.source, part, kind)
             if not 0 < count <= len(values):
-                raise ValueError(f"--{'train' if part == 'train' else 'test'} is {count}, expected 1 to {len(values)}")
+                raise ValueError(f"{flag} is {count}, expected 1 to {len(values)}, the images in {args.source}")
             header = struct.pack(f">{1 + values.ndim}I", MAGIC[kind], count, *values.shape[1:])
-            with atomic(args.out / f"{part}-{kind}-ubyte.gz") as path:
-                path.write_bytes(gzip.compress(header + values[:count].tobytes(), mtime=0))  # the same bytes every time
+            contents[f"{part}-{kind}-ubyte.gz"] = header + values[:count].tobytes()
+    for name, content in contents.items():
+        with atomic(args.out / name) as path:
+            path.write_bytes(gzip.compress(content, mtime=0))  # no time stamp: the same bytes every time
 
 
 def make_vae(args: argparse.Namespace) -> None:

@@ -1,0 +1,128 @@
+"""The shipped images and VAE are what assets/README.md says, and the command that made them works at small size."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.autoencoder import load_codec
+from models.encoder import load_encoder
+from scripts.make_assets import framed, main, measure, rows, standardise, statistics
+from scripts.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def images(root):
+    """The shipped test images as the VAE sees them: (1000, 1, 32, 32) uint8."""
+    return framed(rows(root / "assets/fashion-mnist", "t10k", "images-idx3"))
+
+
+@pytest.fixture(scope="module")
+def report(root):
+    return json.loads((root / "assets/fashion-mnist-vae/report.json").read_text())
+
+
+def test_images_are_the_first_rows_with_every_class(root):
+    source = open_source(root / "assets/fashion-mnist")
+    assert len(source.names) == 6000
+    assert torch.bincount(torch.from_numpy(source.labels)).min() > 500
+    assert source.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # as in the full data
+    assert len(rows(root / "assets/fashion-mnist", "t10k", "labels-idx1")) == 1000
+
+
+def test_assets_are_small_and_licensed(root):
+    sizes = {path: path.stat().st_size for path in (root / "assets").rglob("*") if path.is_file()}
+    assert sum(sizes.values()) < 8e6
+    assert sum(size for path, size in sizes.items() if path.parent.name == "fashion-mnist") < 4e6
+    assert sizes[root / "assets/fashion-mnist-vae/diffusion_pytorch_model.safetensors"] < 2e6
+    assert "MIT" in (root / "assets/fashion-mnist/LICENSE").read_text()
+    assert "MIT" in (root / "assets/README.md").read_text()
+
+
+def test_vae_is_as_good_as_its_report(root, images, report):
+    measured = measure(root / "assets/fashion-mnist-vae", images[:200])
+    assert measured["mae"] < 1.1 * report["mae"]
+    assert measured["psnr"] > report["psnr"] - 0.5
+    assert measured["mae_sampled"] < 1.1 * report["mae_sampled"]
+    for std in measured["latent_std"]:
+        assert 0.9 < std < 1.1
+    readme = (root / "assets/README.md").read_text()
+    assert re.search(rf"\b{report['mae']:.2f} grey levels", readme)
+    assert re.search(rf"\b{report['psnr']:.1f} dB", readme)
+
+
+def test_vae_has_the_shape_the_demo_trains_on(root):
+    meta = load_codec(str(root / "assets/fashion-mnist-vae")).meta(32)
+    assert meta["latent_shape"] == [4, 8, 8]
+    assert meta["image_channels"] == 1
+    assert meta["scale"] == pytest.approx(1, abs=0.01)
+
+
+def test_packaged_encoder_tells_clothes_apart(root):
+    """5 nearest neighbours by cosine: 86% from 4,000 images at 160 px; here 600 at 64 px."""
+    encoder = load_encoder("efficientnet-lite0@64")
+    folder = root / "assets/fashion-mnist"
+    features, labels = [], []
+    for part, count in (("train", 600), ("t10k", 200)):
+        images = torch.from_numpy(rows(folder, part, "images-idx3")[:count].copy())[:, None]
+        features.append(F.normalize(torch.cat([encoder(batch) for batch in images.split(100)])))
+        labels.append(torch.from_numpy(rows(folder, part, "labels-idx1")[:count].copy()))
+    nearest = (features[1] @ features[0].T).topk(5).indices
+    predicted = labels[0][nearest].mode(1).values
+    assert (predicted == labels[1]).float().mean() > 0.72
+
+
+def test_images_command_repeats_itself(root, tmp_path):
+    for name in ("first", "second"):
+        main(["images", "--source", str(root / "assets/fashion-mnist"), "--out", str(tmp_path / name), "--train", "50"])
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    assert len(open_source(tmp_path / "first").names) == 50
+    with pytest.raises(ValueError, match="--test is 0, expected 1 to 1000"):
+        main(["images", "--source", str(root / "assets/fashion-mnist"), "--out", str(tmp_path), "--test", "0"])
+    with pytest.raises(ValueError, match=r"no train-images-idx3-ubyte\.gz in"):
+        main(["images", "--source", str(tmp_path)])
+
+
+def test_vae_command_learns(root, tmp_path):
+    """Twenty-five steps from nothing, and the network beats an untrained one; its latents come out standardised."""
+    main(
+        [
+            "images",
+            "--source",
+            str(root / "assets/fashion-mnist"),
+            "--out",
+            str(tmp_path),
+            "--train",
+            "64",
+            "--test",
+            "32",
+        ]
+    )
+    small = ["vae", "--source", str(tmp_path), "--widths", "8", "8", "8", "--batch-size", "8", "--lr", "2e-2"]
+    reports = []
+    for steps in ("1", "25"):
+        main([*small, "--steps", steps, "--out", str(tmp_path / steps)])
+        reports.append(json.loads((tmp_path / steps / "report.json").read_text()))
+    untrained, trained = reports
+    assert trained["mae"] < 0.8 * untrained["mae"]
+    for std in trained["latent_std"]:
+        assert 0.8 < std < 1.2
+
+
+def test_standardising_keeps_every_reconstruction(root, images):
+    vae = load_codec(str(root / "assets/fashion-mnist-vae")).vae
+    batch = images[:8] / 127.5 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(batch).latent_dist.mean).sample
+        spread = vae.encode(batch).latent_dist.std
+        mean, std = torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
+        standardise(vae, mean, std)
+        torch.testing.assert_close(vae.decode(vae.encode(batch).latent_dist.mean).sample, before, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(vae.encode(batch).latent_dist.std, spread / std.view(4, 1, 1), rtol=1e-3, atol=1e-5)
+    standardise(vae, *statistics(vae, images[:64]))
+    centre, width = statistics(vae, images[:64])
+    torch.testing.assert_close(centre, torch.zeros(4).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(width, torch.ones(4).double(), rtol=0, atol=1e-3)
