@@ -121,7 +121,7 @@ def precision_recall(reference: Array, samples: Array, k: int = 3, block: int = 
             distances = squared_distances(references, others)  # (rows, columns)
             precise[columns] |= (distances <= reference_radii[rows, None]).any(0)
             recalled[rows] |= (distances <= sample_radii[columns]).any(1)
-    return precise.double().mean().item(), recalled.double().mean().item()
+    return precise.sum().item() / len(samples), recalled.sum().item() / len(reference)
 
 
 def kid(reference: Array, samples: Array, block: int = BLOCK) -> float:
