@@ -463,7 +463,7 @@ class Trainer:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if a loss or gradient was not finite; called before anything is logged or saved."""
+        """Raise FloatingPointError if a loss or gradient was not finite; run before anything is logged or saved."""
         bad = int(self.bad_step)
         if bad >= 0:
             rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
@@ -499,7 +499,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write a full state, and an EMA snapshot when one is due; then remove the oldest full states."""
-        self.check_finite()
         sums = self.accelerator.reduce(self.sums, "sum")
         if not self.accelerator.is_main_process:
             return
@@ -590,25 +589,29 @@ class Trainer:
         with StopSignal() as stop:
             for batch in self.batches():
                 self.train_step(batch)
-                leaving = stop.agreed()
+                leaving, last = stop.agreed(), self.step == args.steps
                 if self.step % args.log_every == 0:
-                    self.check_finite()
-                    line = {"step": self.step, **self.means()}
-                    seconds = time.perf_counter() - began
-                    line["images_per_second"] = round((self.step - since) * args.batch_size / seconds, 2)
-                    line["time"] = round(time.time(), 2)
+                    self.check_finite()  # waits for the device: the rate counts finished steps
+                    rate = (self.step - since) * args.batch_size / (time.perf_counter() - began)
+                    line = {"step": self.step, **self.means(), "images_per_second": round(rate, 2)}
+                    self.record({**line, "time": round(time.time(), 2)})
                     self.sums.zero_()
-                    self.record(line)
                     bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "grad_norm")}, refresh=False)
-                    bar.update((self.step * args.batch_size) - bar.n)
+                    bar.update(self.step * args.batch_size - bar.n)
                     began, since = time.perf_counter(), self.step
-                last = self.step == args.steps
-                if self.data.holdout and self.step % args.eval_every == 0:
-                    self.record({"step": self.step, **self.evaluate()})
-                if args.sample_every and (self.step % args.sample_every == 0 or last):
-                    self.sample()
-                if self.step % args.save_every == 0 or last or leaving:
-                    self.save()
+                evaluate = self.data.holdout and self.step % args.eval_every == 0
+                sample = args.sample_every and (self.step % args.sample_every == 0 or last)
+                save = self.step % args.save_every == 0 or last or leaving
+                if evaluate or sample or save:
+                    self.check_finite()
+                    paused = time.perf_counter()
+                    if evaluate:
+                        self.record({"step": self.step, **self.evaluate()})
+                    if sample:
+                        self.sample()
+                    if save:
+                        self.save()
+                    began += time.perf_counter() - paused
                 if leaving:
                     break
         bar.close()

@@ -123,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     assert array.shape == (drawn, size, size, 3), array.shape
     assert array.dtype == np.uint8
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    sampled = json.loads((work / "samples" / "samples.json").read_text())
     on_gpu = torch.cuda.is_available()
     result = {
-        "command": " ".join(["python -m benchmarks.path", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.path --gpus {args.gpus}{' --small' * small} --work DIR --out {args.out.name}",
         "date": str(date.today()),
         "device": f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
         if on_gpu
@@ -134,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         "commands": rows,
         "training images_per_second": [line["images_per_second"] for line in log if "images_per_second" in line],
         "training losses": [line["loss"] for line in log if "loss" in line],
-        "sampling": json.loads((work / "samples" / "samples.json").read_text()),
+        "sampling images_per_second": sampled["run"]["images_per_second"],
+        "sampling settings": sampled["settings"],
         **facts,
     }
     write_json(args.out, result)

@@ -1,4 +1,4 @@
-"""Shared set-up of the tests: import from the repository root, few threads, and no GPU tests where there is no GPU."""
+"""Shared set-up of the tests: import from the repository root, one thread, and no GPU tests where there is no GPU."""
 
 import os
 import sys
@@ -10,7 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start; tensors here are small
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
