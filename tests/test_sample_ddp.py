@@ -223,6 +223,16 @@ def test_a_run_that_stopped_before_packing_packs(folder, run, tmp_path, monkeypa
     assert not (tmp_path / ".done").exists()
 
 
+def test_a_full_disk_stops_the_run_and_the_same_command_continues(folder, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *arguments: 5)  # fewer bytes than asked for
+        with pytest.raises(OSError, match="the disk is full"):
+            main(command(folder, tmp_path))
+    assert not (tmp_path / "samples.npz").exists()
+    main(command(folder, tmp_path))
+    assert almost_equal(pixels(tmp_path), pixels(run))
+
+
 def test_another_run_in_the_same_folder_is_refused(folder, run, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)made otherwise.*seed: there 0, here 1"):
         main(command(folder, run, "--seed", 1))
