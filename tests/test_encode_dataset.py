@@ -87,7 +87,7 @@ def test_the_store_holds_the_cropped_images_in_both_views(folder, tmp_path):
     assert (tmp_path / "s/files.txt").read_text().split() == source.names
     assert not (tmp_path / "s/progress").exists()
     meta = data.meta
-    assert meta["num_images"], meta["num_views"] == (COUNT, 2)
+    assert (meta["num_images"], meta["num_views"]) == (COUNT, 2)
     assert (meta["num_classes"], meta["class_names"], meta["image_channels"]) == (3, ["a", "b", "c"], 3)
     assert meta["codec"] == load_codec("pixels").meta(SIZE)
 
