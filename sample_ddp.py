@@ -208,6 +208,7 @@ class Generator:
             "checkpoint": self.config["checkpoint"]["sha256"],
             "training_steps": self.config["steps"],
             "condition": self.model.condition,
+            "encoder": self.config["encoder"],
             "bank": bank and {file.name: sha256(file) for file in (bank.path, bank.path.with_suffix(".freq"))},
             "snippets": snippets if "snippet" in self.kinds else None,
             "labels": args.labels if "label" in self.kinds else None,
