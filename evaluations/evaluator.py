@@ -9,7 +9,6 @@ comparable with published tables. `torchrun -m evaluations.evaluator …` shares
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 from pathlib import Path
@@ -20,14 +19,13 @@ import torch_fidelity
 from accelerate import PartialState
 
 from evaluations.features import EncoderNetwork, Network, Summary, summarize
-from evaluations.images import open_images
 from evaluations.inception import Inception, find_weights
 from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
 from evaluations.reference import Reference, if_writable
+from evaluations.samples import Samples
 from memory.files import write_json
 
 ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
-FAMILIES = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "efficientnet", "mobilenet", "convnext", "resnet")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,23 +84,6 @@ def main(argv: list[str] | None = None) -> None:
         report(results, sets, reference, network, args.out)
 
 
-class Samples:
-    """A set of samples: its images, how many of them count, and what samples.json beside them says."""
-
-    def __init__(self, path: Path, num_samples: int | None):
-        self.images = open_images(path)
-        self.path = self.images.path
-        beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-        self.made = json.loads(beside.read_text()) if beside.is_file() else {}
-        self.settings = self.made.get("settings", {})
-        found, intended = len(self.images), self.made.get("num_images", len(self.images))
-        if found != intended or not self.made.get("complete", True):
-            raise ValueError(f"{path}: holds {found:,} images; {beside}: {intended:,}; run its sampling command again")
-        self.count = found if num_samples is None else num_samples
-        if not 4 <= self.count <= found:
-            raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected 4 to {found:,}")
-
-
 def check_sets(reference: Reference, sets: list[Samples]) -> None:
     """ValueError unless all images have one size, and the sets of samples one count and different seeds."""
     for samples in sets:
@@ -141,7 +122,7 @@ def report(
 ) -> None:
     """Print ADM's lines, with the spread over seeds if there are several sets, and write the same as JSON."""
     count, first = sets[0].count, sets[0].path
-    related = any(family(samples.settings.get("encoder")) == family(network.name) for samples in sets)
+    related = any(samples.related_to(network.name) for samples in sets)
     warnings = []
     if related:
         warnings.append(f"{network.name} is of the family of the snippet encoder: not for comparison with other models")
@@ -185,11 +166,6 @@ def report(
                 "versions": {module.__name__: module.__version__ for module in (torch, np, torch_fidelity)},
             },
         )
-
-
-def family(encoder: str | None) -> str | None:
-    """The kind of network behind an encoder's name, the name itself if it is none of FAMILIES."""
-    return next((kind for kind in FAMILIES if kind in (encoder or "").lower()), encoder)
 
 
 if __name__ == "__main__":

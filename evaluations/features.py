@@ -5,6 +5,7 @@ that one process and many give the same numbers up to the order of float64 sums.
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,12 +35,24 @@ class EncoderNetwork:
 
     def __init__(self, name: str, weights: str | None, device: torch.device):
         self.encoder = load_encoder(name, weights, device)
-        self.name = self.encoder.name
+        self.name = name_in_papers(self.encoder.meta())
         self.identity = self.encoder.meta
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> Features:
         return Features(self.encoder(images))
+
+
+def name_in_papers(encoder: dict) -> str:
+    """What papers call features of an encoder (its `meta`): DINOv2 is ViT-L/14 at 224 px, as in FD-DINOv2 of Stein et
+    al. (2023); what differs is named (DINOv2-B, DINOv2-reg4, DINOv2@448). Any other encoder keeps its name."""
+    found = re.fullmatch(r"vit_(small|base|large|giant)_patch14_(reg4_)?dinov2\b.*", encoder["model"])
+    if found is None:
+        return encoder["name"]
+    size, registers = found.groups()
+    side = encoder["input_size"]
+    name = "DINOv2" + ("" if size == "large" else f"-{size[0].upper()}") + ("-reg4" if registers else "")
+    return name if side == 224 else f"{name}@{side}"
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from evaluations import evaluator, features, inception, reference
+from evaluations import evaluator, features, inception, reference, samples
 from evaluations.images import open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
 from evaluations.metrics import frechet_distance, precision_recall
@@ -262,6 +262,22 @@ def test_metrics_of_an_encoder_are_named_after_it_and_are_no_fid(evaluate, encod
     assert pair == precision_recall(x, y)
 
 
+@pytest.mark.parametrize(
+    ("model", "side", "name"),
+    [
+        ("vit_large_patch14_dinov2.lvd142m", 224, "DINOv2"),
+        ("vit_base_patch14_dinov2.lvd142m", 224, "DINOv2-B"),
+        ("vit_giant_patch14_reg4_dinov2.lvd142m", 518, "DINOv2-G-reg4@518"),
+        ("vit_base_patch16_dinov3.lvd1689m", 256, "given"),
+        ("resnet50", 224, "given"),
+    ],
+)
+def test_fd_dinov2_is_the_one_of_papers_and_other_sizes_are_named(model, side, name):
+    assert features.name_in_papers({"name": "given", "model": model, "input_size": side}) == name
+    assert timm.is_model(model.split(".")[0])
+    assert samples.family(name if name != "given" else model) == samples.family(model)
+
+
 def test_copies_of_few_references_are_precise_and_recall_little(evaluate, tmp_path):
     real = pictures(60)
     lines, _ = evaluate(save_npz(tmp_path / "ref.npz", real), save_npz(tmp_path / "x.npz", real[[5] * 20 + [9] * 20]))
@@ -359,11 +375,9 @@ def sampled(folder, images, **made):
 
 
 def test_a_distance_in_the_family_of_the_snippets_is_marked(evaluate, tmp_path, capsys):
-    assert evaluator.family("dinov2-vitb14@448") == evaluator.family("vit_small_patch14_dinov2.lvd142m") == "dinov2"
-    assert (
-        evaluator.family("efficientnet-lite0") == evaluator.family("tf_efficientnet_b0") != evaluator.family("resnet50")
-    )
-    assert evaluator.family(None) is None
+    assert samples.family("dinov2-vitb14@448") == samples.family("vit_small_patch14_dinov2.lvd142m") == "dinov2"
+    assert samples.family("efficientnet-lite0") == samples.family("tf_efficientnet_b0") != samples.family("resnet50")
+    assert samples.family(None) is None
     real, fake = save_npz(tmp_path / "ref.npz", pictures(24)), pictures(20, seed=1)
     lines, result = evaluate(real, sampled(tmp_path / "a", fake, settings={"encoder": ENCODER}))
     assert result["same_family_as_snippets"]

@@ -1,0 +1,38 @@
+"""Samples under evaluation: their images, what their maker says about them, and which encoder their snippets came from.
+
+`sample_ddp.py` leaves a samples.json beside its images; samples of other makers have none, and then the encoder of the
+snippets is unknown.
+"""
+
+import json
+from pathlib import Path
+
+from evaluations.images import open_images
+
+FAMILIES = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "efficientnet", "mobilenet", "convnext", "resnet")
+
+
+class Samples:
+    """A set of samples: its images, how many of them count, and what samples.json beside them says."""
+
+    def __init__(self, path: Path, num_samples: int | None):
+        self.images = open_images(path)
+        self.path = self.images.path
+        beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
+        self.made = json.loads(beside.read_text()) if beside.is_file() else {}
+        self.settings = self.made.get("settings", {})
+        found, intended = len(self.images), self.made.get("num_images", len(self.images))
+        if found != intended or not self.made.get("complete", True):
+            raise ValueError(f"{path}: holds {found:,} images; {beside}: {intended:,}; run its sampling command again")
+        self.count = found if num_samples is None else num_samples
+        if not 4 <= self.count <= found:
+            raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected 4 to {found:,}")
+
+    def related_to(self, encoder: str) -> bool:
+        """Whether `encoder` is of the family that made the snippets, which samples match by construction."""
+        return family(self.settings.get("encoder")) == family(encoder)
+
+
+def family(encoder: str | None) -> str | None:
+    """The kind of network behind an encoder's name, the name itself if it is none of FAMILIES."""
+    return next((kind for kind in FAMILIES if kind in (encoder or "").lower()), encoder)
