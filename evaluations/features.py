@@ -4,10 +4,10 @@ Images are shared among the processes in contiguous slices and the parts put tog
 that one process and many give the same numbers up to the order of float64 sums.
 """
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -77,16 +77,14 @@ def summarize(
 
     `batch_size` is each process's. ValueError if there are fewer images than processes.
     """
-    if count < state.num_processes:
-        raise ValueError(f"{images.path}: {count} images for {state.num_processes} processes; start fewer")
-    shares = list(itertools.pairwise(count * rank // state.num_processes for rank in range(state.num_processes + 1)))
+    parts = shares(count, images.path, state)
     keep = torch.zeros(count, dtype=torch.bool)
     keep[list(kept)] = True
-    start, stop = shares[state.process_index]
+    mine = parts[state.process_index]
     pool, spatial, features, probs = None, None, [], []
-    batches = images.batches(range(start, stop), batch_size)
-    with tqdm(total=stop - start, unit="img", desc=title, disable=not state.is_main_process) as progress:
-        for batch, rows in zip(batches, keep[start:stop].split(batch_size), strict=True):
+    batches = images.batches(mine, batch_size)
+    with tqdm(total=len(mine), unit="img", desc=title, disable=not state.is_main_process) as progress:
+        for batch, rows in zip(batches, keep[mine.start : mine.stop].split(batch_size), strict=True):
             output = network(batch.to(state.device))
             rows = rows.to(state.device)
             pool = pool or Statistics(output.pool.shape[1], state.device)
@@ -98,7 +96,7 @@ def summarize(
                 probs.append(output.probs[rows])
             progress.update(len(batch))
 
-    counts = [int(keep[a:b].sum()) for a, b in shares]
+    counts = [int(keep[part.start : part.stop].sum()) for part in parts]
     pool = merged(pool, state)
     moments = {"mu": pool.mean, "sigma": pool.covariance()}
     features = gathered(torch.cat(features), counts, state)
@@ -107,6 +105,14 @@ def summarize(
     spatial = merged(spatial, state)
     moments |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance()}
     return Summary(moments, features, gathered(torch.cat(probs), counts, state))
+
+
+def shares(count: int, path: Path, state: PartialState) -> list[range]:
+    """Contiguous parts of `count` images, one a process; ValueError, naming their path, if one would be empty."""
+    world = state.num_processes
+    if count < world:
+        raise ValueError(f"{path}: {count} images for {world} processes; start fewer")
+    return [range(count * rank // world, count * (rank + 1) // world) for rank in range(world)]
 
 
 def merged(part: Statistics, state: PartialState) -> Statistics:

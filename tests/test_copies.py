@@ -1,0 +1,268 @@
+"""The copy audit: planted copies are found, real images that nobody trained on are not accused, nothing is missed."""
+
+import gzip
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from evaluations import copies
+from evaluations.copies import Finding
+from evaluations.search import FeatureSpace, LatentSpace, nearest
+from scripts import encode_dataset
+
+ENCODER = "test_vit@32"
+FRESH = 300  # real images outside the store
+SPACES = (ENCODER, "latent")
+
+
+@pytest.fixture(scope="module")
+def clothes(root):
+    """Real images (2000, 28, 28) of Fashion-MNIST, all different."""
+    with gzip.open(root / "assets" / "fashion-mnist" / "train-images-idx3-ubyte.gz") as file:
+        file.read(16)
+        return np.frombuffer(file.read(2000 * 28 * 28), np.uint8).reshape(-1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny vision transformer with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vit.pth"
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(clothes, weights, tmp_path_factory):
+    """A store of about 1,300 real images with two views, and about 400 held out."""
+    folder = tmp_path_factory.mktemp("data")
+    kept = clothes[FRESH:]
+    (folder / "source").mkdir()
+    with gzip.open(folder / "source" / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+        file.write(struct.pack(">4I", 0x0803, *kept.shape) + kept.tobytes())
+    with gzip.open(folder / "source" / "train-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">2I", 0x0801, len(kept)) + bytes(len(kept)))
+    options = f"--codec pixels --image-size 28 --views 2 --holdout 0.25 --keep-images --encoder {ENCODER} --workers 0"
+    command = [str(folder / "source"), "--out", str(folder / "clothes"), "--encoder-weights", str(weights)]
+    encode_dataset.main([*command, *options.split()])
+    return folder / "clothes"
+
+
+@pytest.fixture
+def audit(store, weights, tmp_path, capsys):
+    """Run the command on grey images (M, 28, 28); returns what it printed and its JSON."""
+
+    def run(images, *more, settings=None, store=store):
+        np.savez(tmp_path / "x.npz", arr_0=np.repeat(images[..., None], 3, 3))
+        if settings:
+            made = {"num_images": len(images), "settings": settings}
+            (tmp_path / "x.json").write_text(json.dumps(made))
+        command = ["--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "out", *more]
+        copies.main(list(map(str, command)))
+        return capsys.readouterr().out, json.loads((tmp_path / "out" / "copies.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def both(weights):
+    return ["--encoder", ENCODER, "--encoder-weights", str(weights)]
+
+
+def test_planted_copies_are_found(audit, both, clothes, store):
+    """Exact, mirrored and slightly noisy copies among real images; each is traced to its row and view."""
+    training = np.load(store / "images.npy")[:, 0]
+    rows = np.arange(30) * 40
+    planted = training[rows].copy()
+    planted[10:20] = planted[10:20, :, ::-1]
+    noise = np.random.default_rng(0).integers(-2, 3, planted[20:].shape)
+    planted[20:] = (planted[20:].astype(int) + noise).clip(0, 255)
+    samples = np.concatenate([clothes[:60], planted])
+    _, result = audit(samples, *both)
+    for name in SPACES:
+        space = result["spaces"][name]
+        found = {pair["sample"]: pair for pair in space["suspicious"]}
+        for i, row in enumerate(rows):
+            pair = found[60 + i]
+            assert pair["training_row"] == row
+            assert pair["view"] == ("mirrored" if 10 <= i < 20 else "original")
+            assert pair["distance"] <= space["threshold"]
+        assert [pair["sample"] for pair in space["suspicious"]][:20] == list(range(60, 80))
+        assert space["near_copies"] >= 1 / 3
+        assert space["excess"] > 5 * space["standard_error"]
+        assert space["exact"] == 20 / 90
+    assert result["spaces"]["latent"]["suspicious"][0]["file"] == (store / "files.txt").read_text().split("\n")[0]
+
+
+def test_real_images_are_not_accused(audit, both, clothes):
+    _, result = audit(clothes[:FRESH], *both)
+    for name in SPACES:
+        space = result["spaces"][name]
+        assert abs(space["excess"]) < 3 * space["standard_error"]
+        assert space["near_copies"] < 0.04
+        assert space["authenticity"] == pytest.approx(space["authenticity_held_out"], abs=0.1)
+        assert space["authenticity"] > 0.4
+
+
+def test_training_images_themselves_are_neither_new_nor_authentic(audit, store):
+    _, result = audit(np.load(store / "images.npy")[:50, 0])
+    space = result["spaces"]["latent"]
+    assert (space["near_copies"], space["exact"], space["authenticity"]) == (1, 1, 0)
+
+
+def brute_force(queries, points, exclude, views):
+    """The first of the nearest points, straight from the definition, in exact integers of the grid."""
+    q, p = (np.rint(x.numpy().astype(np.float64) * 2**24).astype(object) for x in (queries, points))
+    found = []
+    for i, x in enumerate(q):
+        squares = ((p - x) ** 2).sum(1)
+        allowed = [j for j in range(len(p)) if exclude is None or j // views != exclude[i]]
+        found.append(min(allowed, key=lambda j: (squares[j], j)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("excluding", [False, True])
+def test_nearest_equals_brute_force_whatever_the_chunks(excluding):
+    """With many equal points, so that ties must go to the lowest row and view."""
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((40, 2, 6)).astype(np.float16)
+    stored[20:] = stored[:20]
+    stored[3] = stored[3, 0]
+    space = FeatureSpace("any")
+    points = space.points(torch.from_numpy(stored).flatten(0, 1))
+    queries = torch.cat([points[::3], space.points(torch.from_numpy(rng.standard_normal((9, 6))))])
+    exclude = torch.from_numpy(rng.integers(0, 40, len(queries))) if excluding else None
+    expected = brute_force(queries, points, exclude, 2)
+    distances = []
+    for values in (1, 40, 333, 2**24):
+        found = nearest(queries, stored, space, exclude, values=values)
+        np.testing.assert_array_equal(found.rows * 2 + found.views, expected)
+        distances.append(found.distances)
+        assert torch.equal(distances[0], distances[-1])
+    torch.testing.assert_close(
+        distances[0], (queries.double() - points[expected].double()).norm(dim=1), rtol=1e-7, atol=1e-12
+    )
+    if not excluding:
+        assert (distances[0][: len(points[::3])] == 0).all()
+
+
+def test_latents_are_compared_by_their_scaled_means():
+    """A VAE's std and shift play no part in a distance, its scale does."""
+    meta = {"latent_shape": [2, 1, 1], "scale": 0.5, "shift": 3.0}
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((30, 1, 4, 1, 1)).astype(np.float16)
+    query = torch.from_numpy(rng.standard_normal((5, 4, 1, 1))).half()
+    space = LatentSpace(meta)
+    found = nearest(space.points(query), stored, space)
+    expected = 0.5 * torch.cdist(query[:, :2].flatten(1).double(), torch.from_numpy(stored[:, 0, :2, 0, 0]).double())
+    assert torch.equal(found.rows, expected.argmin(1))
+    torch.testing.assert_close(found.distances, expected.amin(1), rtol=0, atol=2e-5)
+
+
+def test_the_figures_by_hand():
+    """Columns: distance, row, view, the neighbour's own distance; 200 held-out distances 1 … 200, of which 1% is 2."""
+    samples = torch.tensor([[0, 5, 0, 0], [2, 5, 0, 1], [3, 6, 0, 3], [9, 7, 1, 4]], dtype=torch.float64)
+    held_out = torch.arange(1, 201, dtype=torch.float64)[:, None] * torch.tensor([1, 0, 0, 2], dtype=torch.float64)
+    finding = Finding("any", samples, held_out)
+    result = finding.result()
+    assert result["threshold"] == 2
+    assert (result["near_copies"], result["near_copies_held_out"], result["exact"]) == (0.5, 0.01, 0.25)
+    assert result["excess"] == 0.49
+    assert result["standard_error"] == pytest.approx((0.25 / 4 + 0.01 * 0.99 / 200) ** 0.5)
+    assert result["authenticity"] == 0.5  # 2 > 1 and 9 > 4, but neither 0 > 0 nor 3 > 3
+    assert result["authenticity_held_out"] == 0
+    assert finding.suspicious().tolist() == [0, 1, 2, 3]
+
+
+def test_the_sheets_show_each_sample_beside_its_neighbour(audit, clothes, store, tmp_path):
+    audit(clothes[:5])
+    images, out = np.load(store / "images.npy"), tmp_path / "out"
+    sheet = np.asarray(Image.open(out / "neighbours.png"))
+    pairs = json.loads((out / "copies.json").read_text())["spaces"]["latent"]["suspicious"]
+    row = {pair["sample"]: (pair["training_row"], pair["view"]) for pair in pairs}
+    for i in range(5):
+        pair = sheet[4:60, 4 + 116 * i : 116 * (i + 1)][::2, ::2, 0]  # zoom 2, frames of 4
+        number, view = row[i]
+        np.testing.assert_array_equal(pair[:, :28], clothes[i])
+        np.testing.assert_array_equal(pair[:, 28:], images[number, 0][:, :: -1 if view == "mirrored" else 1])
+    assert (out / "suspicious-latent.png").exists()
+    assert (out / "distances.png").exists()
+
+
+def test_without_stored_images_the_sheet_is_decoded(audit, clothes, store, tmp_path):
+    audit(clothes[:5])
+    kept = (tmp_path / "out" / "neighbours.png").read_bytes()
+    bare = tmp_path / "bare"
+    for name in ("bare", "bare-holdout"):
+        source = store.with_name(store.name + name.removeprefix("bare"))
+        (tmp_path / name).mkdir()
+        for file in ("latents.npy", "labels.npy"):
+            (tmp_path / name / file).symlink_to(source / file)
+        meta = json.loads((source / "meta.json").read_text()) | {"has_images": False, "encoders": {}}
+        (tmp_path / name / "meta.json").write_text(json.dumps(meta))
+    audit(clothes[:5], store=bare)
+    assert (tmp_path / "out" / "neighbours.png").read_bytes() == kept
+
+
+def test_an_encoder_of_the_snippets_family_is_marked(audit, both, clothes):
+    text, result = audit(clothes[:5], *both, settings={"encoder": "test_vit@32"})
+    assert result["spaces"][ENCODER]["same_family_as_snippets"]
+    assert not result["spaces"]["latent"]["same_family_as_snippets"]
+    assert f"{ENCODER} (of the family of the snippets: proves nothing)" in text
+    assert f"warning: {ENCODER} is of the family of the snippet encoder" in text
+    text, result = audit(clothes[:5], *both, settings={"encoder": "dinov2-vitb14"})
+    assert not result["spaces"][ENCODER]["same_family_as_snippets"]
+    assert "proves nothing" not in text
+    assert "warning: no samples.json" not in text
+
+
+def test_an_unknown_snippet_encoder_is_said(audit, clothes):
+    text, _ = audit(clothes[:5])
+    assert "warning: no samples.json" in text
+    assert "held-out images: the threshold is uncertain below 1,000" in text
+
+
+def test_two_processes_find_what_one_finds(audit, both, clothes, store, root, tmp_path):
+    _, alone = audit(clothes[:21], *both)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "evaluations.copies", "--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launcher, *command, *both, "--batch-size=4"], cwd=root, check=True, timeout=120, env=environment)
+    two = json.loads((tmp_path / "two" / "copies.json").read_text())
+    assert two["spaces"]["latent"] == alone["spaces"]["latent"]
+    one = alone["spaces"][ENCODER]
+    assert two["spaces"][ENCODER]["quantiles_held_out"] == one["quantiles_held_out"]
+    assert two["spaces"][ENCODER]["quantiles"] == pytest.approx(one["quantiles"], rel=1e-2)  # a network's rounding
+
+
+def test_what_cannot_be_audited_is_refused(audit, both, clothes, store, weights, tmp_path):
+    with pytest.raises(ValueError, match=r"--store .*source: no held-out images.*--holdout"):
+        copies.open_holdout(store.with_name("source"), None)
+    with pytest.raises(ValueError, match=r"its images are \(14, 14\), those of .*clothes \(28, 28\)"):
+        audit(clothes[:5, ::2, ::2])
+    with pytest.raises(ValueError, match=r"no features of encoder 'resnet18'.*--add resnet18"):
+        audit(clothes[:5], "--encoder", "resnet18")
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"--encoder test_vit@32: sha256 is .*--encoder-weights"):
+        audit(clothes[:5], "--encoder", ENCODER, "--encoder-weights", tmp_path / "other.pth")
+    for wrong in (["--encoder-weights", "w"], ["--batch-size", "0"]):
+        with pytest.raises(SystemExit):
+            copies.parse(["--store", "s", "--samples", "x", "--out", "o", *wrong])
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same():
+    stored = torch.randn(500, 2, 64, generator=torch.Generator().manual_seed(0)).half().numpy()
+    space = FeatureSpace("any")
+    queries = space.points(torch.from_numpy(stored[:100, 0]) + 0.1)
+    for a, b in zip(nearest(queries, stored, space), nearest(queries.cuda(), stored, space), strict=True):
+        assert torch.equal(a, b.cpu())
