@@ -74,7 +74,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Generate images from a trained network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a checkpoint of train.py, or a run's folder for its latest")
+    add(
+        "--checkpoint",
+        required=True,
+        help="a checkpoint of train.py or a published one, or a run's folder for its latest",
+    )
     add("--weights", default="ema", choices=WEIGHTS, help="averaged or last weights")
     add("--bank", help="bank.pth, or its folder, in place of the one that the checkpoint names")
     add("--codec", help="name or folder of the codec to decode with, in place of the one that the checkpoint names")
@@ -141,7 +145,7 @@ class Generator:
         self.settings = self._settings(codec_meta)
         self.sources = {
             "checkpoint": self.config["checkpoint"]["path"],
-            "bank": self.bank and str(self.bank.path),
+            "bank": self.bank and str(self.bank.path or self.config["checkpoint"]["path"]),
             "codec": codec_meta["name"],
         }
 
@@ -197,6 +201,8 @@ class Generator:
 
     def _settings(self, codec_meta: dict) -> dict:
         args, bank = self.args, self.bank
+        files = (bank.path, bank.path.with_suffix(".freq")) if bank and bank.path else ()
+        hashes = {file.name: sha256(file) for file in files}  # none for a bank inside the checkpoint
         guidance = {"by": self.guide_sha256 or "null", "scale": args.guidance_scale}
         guidance |= {"interval": list(args.guidance_interval), "channels": args.guidance_channels}
         snippets = args.snippets if self.entries is None else sha256(args.snippets)
@@ -209,7 +215,7 @@ class Generator:
             "training_steps": self.config["steps"],
             "condition": self.model.condition,
             "encoder": self.config["encoder"],
-            "bank": bank and {file.name: sha256(file) for file in (bank.path, bank.path.with_suffix(".freq"))},
+            "bank": bank and (hashes or {"checkpoint": self.config["checkpoint"]["sha256"]}),
             "snippets": snippets if "snippet" in self.kinds else None,
             "labels": args.labels if "label" in self.kinds else None,
             "evaluations": len(times),

@@ -186,9 +186,11 @@ def to_uint8(images: Tensor, mode: str = "round") -> Tensor:
 def check_codec(codec_meta: dict, expected: dict, owner: str) -> None:
     """Raise ValueError, showing both sides, unless two `meta`s define the same latents; `owner` names the expected one.
 
-    The name is not compared: one VAE may lie in different folders.
+    The name is not compared: one VAE may lie in different folders. Nor is a hash that one side does not know (None).
     """
-    differing = [key for key in expected if key != "name" and codec_meta.get(key) != expected[key]]
+    unknown = {"sha256"} if None in (codec_meta.get("sha256"), expected.get("sha256")) else set()
+    compared = expected.keys() - {"name"} - unknown
+    differing = [key for key in expected if key in compared and codec_meta.get(key) != expected[key]]
     if differing:
         raise ValueError(
             f"codec {codec_meta['name']!r} does not fit {owner}, made with {expected['name']!r}: "

@@ -8,19 +8,31 @@ A checkpoint is a `torch.save` dictionary of tensors and plain values, read with
     codec, encoder      the codec's description and the name of the snippets' encoder
     bank, store         path and hash of the bank and of the store; neither is contained
     image_size          height and width of the images in pixels
+
+The same in safetensors (`scripts/export.py`): the weights as tensors, all the rest as JSON under "config" in the
+file's metadata, the bank's path relative to the file. Published weights are turned into such a dictionary by
+`models/published.py`; what their files do not say is None, and a bank inside the file is under `memory`.
 """
 
+import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from memory.bank import MemoryBank
 from memory.files import sha256
+from models.published import convert, hub_file, read_file
 from models.sit import SiT, SiT_models
 
 WEIGHTS = ("ema", "model")
+OURS = {"model_config", "ema"}  # keys of a checkpoint of train.py
+EXPORTED = "model.safetensors"  # an export's file of weights
+LISTED = 8  # differences of a kind that a message lists
 
 
 def build_model(config: dict) -> SiT:
@@ -32,11 +44,14 @@ def build_model(config: dict) -> SiT:
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint file, given itself, its folder, or a run's folder (then the one of most steps).
+    """A checkpoint file, given itself, its folder, a run's folder (then the one of most steps), or its name on the hub
+    (`hf:ORGANISATION/REPOSITORY/FILE@REVISION`).
 
     Raises:
         ValueError: there is none.
     """
+    if str(path).startswith("hf:"):
+        return hub_file(str(path))
     path = Path(path)
     if path.is_file():
         return path
@@ -44,24 +59,52 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         found = sorted(folder.glob("[0-9]*.pt"), key=lambda file: (int(file.stem.split("-")[0]), "-" not in file.stem))
         if found:
             return found[-1]
-    raise ValueError(f"checkpoint {path}: no such file, nor a folder with checkpoints/0000000.pt files")
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
+    raise ValueError(f"checkpoint {path}: no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The dictionary in a checkpoint file, its tensors mapped from disk and read only when used.
+    """The dictionary in a checkpoint file of train.py, its tensors mapped from disk and read only when used.
 
     Raises:
         ValueError: the file is missing, is not a checkpoint of this project, or holds objects other than plain values.
     """
     path = find_checkpoint(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read as a torch.save file of plain values: {error}") from error
-    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint or "ema" not in checkpoint:
+    checkpoint = read_file(path, allowed=())
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= OURS:
         keys = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"checkpoint {path} is not one of train.py's: it holds {keys}; expected model_config, ema, …")
     return checkpoint
+
+
+def read_export(path: Path) -> dict:
+    """The same dictionary from a safetensors file of `scripts/export.py`.
+
+    Raises:
+        ValueError: the file is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} cannot be read as a safetensors file: {error}") from error
+    if "config" not in metadata:
+        raise ValueError(f"checkpoint {path} says nothing of its network: it was not written by scripts/export.py")
+    config = json.loads(metadata["config"])
+    if config["bank"]:
+        config["bank"]["path"] = str(path.parent / config["bank"]["path"])
+    return {"ema": state, **config}
+
+
+def read_any(path: Path) -> dict:
+    """The dictionary of a checkpoint of train.py, of its export, or of a published file."""
+    if path.suffix == ".safetensors":
+        return read_export(path)
+    contents = read_file(path)
+    if isinstance(contents, dict) and contents.keys() >= OURS:
+        return contents
+    return convert(contents, path)
 
 
 def state_differences(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
@@ -87,14 +130,29 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
     """
     differences = state_differences(module, state)
     if differences:
-        shown = "\n  ".join(differences[:20]) + (f"\n  … {len(differences) - 20} more" if len(differences) > 20 else "")
+        shown = "\n  ".join(summary(differences))
         raise ValueError(f"{source} does not fit this network ({len(differences)} differences):\n  {shown}")
     module.load_state_dict(state)
 
 
+def summary(differences: list[str]) -> list[str]:
+    """A short table of differences: one line for those that only the block's number tells apart, a few of each kind."""
+    alike = Counter(re.sub(r"\bblocks\.\d+\.", "blocks.*.", line) for line in differences)
+    single = {re.sub(r"\bblocks\.\d+\.", "blocks.*.", line): line for line in differences}
+    lines = [single[line] if count == 1 else f"{line}, {count} times" for line, count in alike.items()]
+    table = []
+    for kind in ("missing", "unexpected", "mis-shaped"):
+        of_kind = [line for line in lines if line.startswith(kind)]
+        table += of_kind[:LISTED] + [f"{kind}  {len(of_kind) - LISTED} more"] * (len(of_kind) > LISTED)
+    return table
+
+
 def init_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Start `module` from the EMA weights of a checkpoint, as far as names and shapes agree; returns what did not."""
-    state = read_checkpoint(path)["ema"]
+    """Start `module` from the EMA weights of a checkpoint, as far as names and shapes agree; returns what did not.
+
+    Those of train.py, exported or published are taken.
+    """
+    state = read_any(find_checkpoint(path))["ema"]
     differences = state_differences(module, state)
     fitting = module.state_dict()
     taken = {name: tensor for name, tensor in state.items() if name in fitting and tensor.shape == fitting[name].shape}
@@ -105,12 +163,14 @@ def init_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
 
 
 def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None:
-    """The bank that a checkpoint names, or `bank` in its place if it can serve this network.
+    """The bank that a checkpoint holds or names, or `bank` in its place if it can serve this network.
 
     Raises:
         ValueError: no bank is named, it is not where it was, it changed, or its dimension or encoder is another.
     """
     named, snippet_dim = config["bank"], config["model_config"]["snippet_dim"]
+    if bank is None and "memory" in config:
+        return contained_bank(config)
     if bank is None:
         if named is None:
             raise ValueError(
@@ -120,7 +180,7 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
             raise ValueError(
                 f"bank {named['path']}, which the checkpoint names, is not there: pass its place as --bank"
             )
-        if sha256(named["path"]) != named["sha256"]:
+        if named["sha256"] and sha256(named["path"]) != named["sha256"]:
             raise ValueError(
                 f"bank {named['path']} is not the one of training (its SHA-256 differs from {named['sha256'][:12]}…): "
                 "restore it, or pass it as --bank to use it all the same"
@@ -135,6 +195,14 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
     return loaded
 
 
+def contained_bank(config: dict) -> MemoryBank:
+    """The bank inside a published file; ValueError, naming the file, if it is none."""
+    try:
+        return MemoryBank(*config["memory"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint {config['checkpoint']['path']}, its memory bank: {error}") from error
+
+
 def load_model(
     path: str | os.PathLike,
     weights: str = "ema",
@@ -144,7 +212,8 @@ def load_model(
     """Load a trained network with its bank.
 
     Args:
-        path: a checkpoint file, or a run's folder for its latest.
+        path: a checkpoint file of train.py, exported or published, its name on the hub, or a run's folder for its
+            latest.
         weights: "ema" or "model".
         device: where the network goes; the bank stays on the CPU.
         bank: path of a bank to use instead of the one the checkpoint names; False loads none.
@@ -157,15 +226,18 @@ def load_model(
         ValueError: a file is missing, changed, or does not fit; the message names it and the remedy.
     """
     path = find_checkpoint(path)
-    checkpoint = read_checkpoint(path)
     if weights not in WEIGHTS:
         raise ValueError(f"--weights {weights!r}: expected one of {', '.join(WEIGHTS)}")
+    checkpoint = read_any(path)
     if weights not in checkpoint:
         raise ValueError(f"checkpoint {path} is a snapshot without {weights!r} weights: use --weights ema")
-    model = build_model(checkpoint["model_config"])
-    load_state(model, checkpoint[weights], f"checkpoint {path}")
-    config = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "opt")}
-    config["checkpoint"] = {"path": str(path), "sha256": sha256(path), "weights": weights}
+    with torch.device("meta"):  # drawing the initial weights of an XL takes longer than reading its file
+        model = build_model(checkpoint["model_config"])
+    taken_for = f" (by its tensors {checkpoint['format']})" if "format" in checkpoint else ""
+    load_state(model.to_empty(device="cpu"), checkpoint[weights], f"checkpoint {path}{taken_for}")
+    checkpoint["model_config"] = model.config
+    checkpoint["checkpoint"] = {"path": str(path), "sha256": sha256(path), "weights": weights}
+    config = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "opt", "memory")}
     takes_snippets = "snippet" in model.condition
-    loaded = load_bank(config, bank) if takes_snippets and bank is not False else None
+    loaded = load_bank(checkpoint, bank) if takes_snippets and bank is not False else None
     return model.to(device).eval(), config, loaded

@@ -1,0 +1,104 @@
+"""Publish a trained network, or take over a published one: weights, configuration, bank and a model card in one folder.
+
+    python -m scripts.export runs/gmem-xl --out exports/gmem-xl
+    python -m scripts.export exports/gmem-xl --out runs/gmem-xl-again --format pt
+
+Reads   any checkpoint: of train.py, exported, or published by the authors (then in this project's terms)
+Writes  OUT/model.safetensors    the weights, with all else as JSON under "config" in the file's metadata; or, with
+                                 --format pt, OUT/0000000.pt as train.py writes its snapshots, named by its steps
+        OUT/bank.pth, bank.freq  the memory bank, for networks that are conditioned on it
+        OUT/README.md            the model card
+`--checkpoint OUT` of sample_ddp.py and `--init OUT` of train.py read either.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from memory.bank import MemoryBank
+from memory.files import atomic, sha256
+from models.checkpoint import EXPORTED, WEIGHTS, load_model
+from models.sit import SiT
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Write a checkpoint as safetensors with its configuration, bank and a model card, or the reverse.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint, exported or published file, or the folder of a run or an export")
+    add("--out", required=True, help="folder to make; it may exist if it is empty")
+    add("--weights", default="ema", choices=WEIGHTS, help="averaged or last weights")
+    add("--format", default="safetensors", choices=("safetensors", "pt"), help="of the weights")
+    bank = parser.add_mutually_exclusive_group()
+    bank.add_argument("--bank", help="bank.pth, or its folder, in place of the one that the checkpoint names")
+    bank.add_argument("--no-bank", action="store_true", help="leave the bank out; sampling will need --bank")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load and check everything, then write the bank, the card and, last, the weights."""
+    args = parse(argv)
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there and not empty; choose a new folder")
+    model, config, bank = load_model(args.checkpoint, args.weights, bank=False if args.no_bank else args.bank)
+    source = config.pop("checkpoint")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    card = model_card(model, config, bank, source)
+    if bank:
+        config["bank"] = export_bank(bank, out / "bank.pth")
+    if config["bank"]:  # one that is left out is looked for in the same place
+        config["bank"]["path"] = "bank.pth" if args.format == "safetensors" else str(out / "bank.pth")
+    with atomic(out / "README.md") as temporary:
+        temporary.write_text(card)
+    if args.format == "safetensors":
+        with atomic(out / EXPORTED) as temporary:
+            save_file(state, temporary, {"format": "pt", "config": json.dumps(config)})
+    else:
+        with atomic(out / f"{config['steps'] or 0:07d}.pt") as temporary:
+            torch.save({"ema": state, **config}, temporary)
+    print(card)
+
+
+def export_bank(bank: MemoryBank, path: Path) -> dict:
+    """Write the bank to `path`; returns what a checkpoint says of it."""
+    bank.save(path)
+    hashes = {"sha256": sha256(path), "freq_sha256": sha256(path.with_suffix(".freq"))}
+    return {"path": str(path), "k": len(bank), "dim": bank.dim, **hashes}
+
+
+def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) -> str:
+    """What a stranger needs to know of the weights, in Markdown; what is not known is said to be."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    options = ", ".join(f"{key} {value}" for key, value in model.config.items() if key != "model")
+    held = "none in this folder; sampling needs --bank" if "snippet" in model.condition else "none needed"
+    if bank:
+        held = (
+            f"{len(bank):,} snippets of {bank.dim} numbers, drawn by frequencies that sum to {int(bank.freq.sum()):,}"
+        )
+    rows = {
+        "network": f"{model.config['model']}, {parameters:,} parameters in float32",
+        "options": options,
+        "predicts": f"the velocity of the {config['args'].get('interpolant')} path, data at t = 0 and noise at t = 1",
+        "training steps": config["steps"],
+        "images": f"{config['image_size']}×{config['image_size']} pixels, latents {list(model.latent_shape)}",
+        "codec": f"{config['codec']['name']}, scale {config['codec'].get('scale')}",
+        "encoder of the snippets": config["encoder"],
+        "memory bank": held,
+        "trained on": (config["store"] or {}).get("path"),
+        "made from": f"{Path(source['path']).name}, its {source['weights']} weights, SHA-256 {source['sha256']}",
+        "its format": config.get("format", "this project's"),
+    }
+    table = "\n".join(f"| {name} | {'not known' if value is None else value} |" for name, value in rows.items())
+    return (
+        f"# {model.config['model']} conditioned on {model.condition}\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        "Sample it with `python sample_ddp.py --checkpoint FOLDER --out samples`, FOLDER being this one. Weights that "
+        "others trained stay under the licence they were published with.\n"
+    )
