@@ -4,11 +4,11 @@ Time runs from t = 0 (data) to t = 1 (noise). A path x_t = α(t)·x + σ(t)·ε 
 the network regresses it (SiT, arXiv 2401.08740, eq. 1–5). The alignment term is REPA's (arXiv 2410.06940, eq. 8).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +69,7 @@ time_distributions: dict[str, Callable[[Tensor], Tensor]] = {
 
 def seed_of(*address: int) -> int:
     """One 63-bit seed for an address such as (seed, step); distinct addresses give unrelated seeds."""
-    return int(np.random.SeedSequence(address).generate_state(1, np.uint64)[0] >> 1)
+    return int.from_bytes(hashlib.sha256(repr(address).encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import os
-import shutil
+import re
 import signal
 import sys
 import time
@@ -31,16 +32,15 @@ import accelerate
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import LatentDataset, StepSampler, rows_of_step, stage
+from dataset import LatentDataset, StepSampler, read_meta, rows_of_step, stage
 from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.bank import MemoryBank
-from memory.files import atomic, sha256, write_json
+from memory.files import atomic, free_space, sha256, write_json
 from models.autoencoder import check_codec, latents_from_moments, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.encoder import load_encoder
@@ -48,8 +48,10 @@ from models.sit import SiT, SiT_models, conditions
 from samplers import euler_sampler, noise
 
 # What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
-FREE = ("steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers")
-FREE += ("micro_batch", "wandb", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage")
+FREE = (
+    *("steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers", "wandb"),
+    *("micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path"),
+)
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS = 64, 50
@@ -106,19 +108,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
     args = parser.parse_args(argv)
 
-    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a positive number")
+    for least, names in ((1, "steps batch_size log_every save_every keep"), (0, "seed workers align_coeff")):
+        for name in names.split():
+            if getattr(args, name) < least:
+                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    for name in ("snapshot_every", "eval_every", "sample_every"):
+        if getattr(args, name) < 0:
+            parser.error(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number of steps, or 0 for never"
+            )
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error(f"--micro-batch {args.micro_batch}: expected at least 1")
+    if not 0 <= args.ema_decay < 1 or not args.clip > 0 or not args.lr > 0:
+        parser.error("expected 0 <= --ema-decay < 1, --clip > 0 and --lr > 0")
+    if args.align_encoder and args.align_coeff == 0:
+        parser.error(f"--align-encoder {args.align_encoder} is not read without --align-coeff (REPA: 0.5)")
     if "snippet" in args.condition and args.snippet_from == "nearest" and not args.bank:
         parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
     if "snippet" not in args.condition and args.bank:
         parser.error(f"--condition {args.condition} does not read --bank {args.bank}: leave it out")
+    try:
+        model_options(args.model_options)
+    except ValueError as error:
+        parser.error(str(error))
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     if args.compile is None:
         args.compile = torch.cuda.is_available()
-    if args.holdout is None and Path(f"{args.store}-holdout").exists():
-        args.holdout = f"{args.store}-holdout"
+    store = Path(args.store).resolve()
+    beside = store.with_name(f"{store.name}-holdout")
+    if args.holdout is None and beside.exists():
+        args.holdout = str(beside)
     return args
+
+
+def model_options(pairs: list[str]) -> dict[str, object]:
+    """Constructor arguments of SiT from NAME=VALUE pairs.
+
+    Raises:
+        ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
+    """
+    numbers = ("snippet_dropout", "snippet_scale", "null_dropout", "label_dropout", "align_depth", "qk_norm")
+    options = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name == "snippet_dropout_at":
+            options[name] = value
+        elif name in numbers and re.fullmatch(r"true|false|\d+|\d*\.\d+", value):
+            options[name] = json.loads(value if value[0] != "." else f"0{value}")
+        else:
+            names = ", ".join((*numbers, "snippet_dropout_at"))
+            raise ValueError(
+                f"--model-options {pair}: expected NAME=VALUE, a number, true or false, with one of {names}"
+            )
+    return options
 
 
 class Data:
@@ -133,26 +175,44 @@ class Data:
         self.with_labels, self.with_snippets = "label" in args.condition, "snippet" in args.condition
         self.bank = MemoryBank.load(args.bank) if args.bank else None
         self.encoder = self._snippet_encoder() if self.with_snippets else None
-        self.meta = LatentDataset(args.store).meta
+        self.meta = read_meta(args.store)
         self.codec = self.meta["codec"]
-        if self.with_labels and not self.meta.get("num_classes"):
-            raise ValueError(f"--condition {args.condition}: the store {args.store} has no labels")
+        self._check(args.store, self.meta)
         self.patches, self.align_encoder = self._alignment() if args.align_coeff > 0 else (None, None)
-        self.train = self._open(
-            stage(args.store, args.stage) if args.stage else args.store,
-            patches=self.patches,
-            images=self.align_encoder is not None,
-        )
-        self.holdout = self._open(args.holdout) if args.holdout and args.eval_every else None
-        if self.holdout:
-            check_codec(self.holdout.codec, self.codec, f"the store {args.store}")
-        self.snippet_dim = self.bank.dim if self.bank else 768
-        if self.encoder:
-            self.snippet_dim = self.meta["encoders"][self.encoder]["dim"]
-        if self.bank and self.bank.dim != self.snippet_dim:
+        store = stage(args.store, args.stage) if args.stage and not args.dry_run else args.store
+        self.train = self._open(store, patches=self.patches, images=self.align_encoder is not None)
+        self.holdout = None
+        if args.holdout and args.eval_every:
+            self._check(args.holdout, read_meta(args.holdout))
+            self.holdout = self._open(args.holdout)
+
+    def _check(self, store: str, meta: dict) -> None:
+        """Raise ValueError unless a store has the labels, the features and the codec of this run."""
+        check_codec(meta["codec"], self.codec, f"the store {self.args.store}")
+        if self.with_labels and not meta.get("num_classes"):
+            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels")
+        if not self.with_snippets:
+            return
+        features = meta["encoders"].get(self.encoder)
+        if features is None:
+            present = ", ".join(meta["encoders"]) or "none"
             raise ValueError(
-                f"--bank {args.bank} has snippets of dimension {self.bank.dim}, the store's features {self.encoder} "
-                f"{self.snippet_dim}: build the bank from this store's features"
+                f"the store {store} has no features of the snippets' encoder {self.encoder}, but of {present}"
+            )
+        if self.bank and self.bank.dim != features["dim"]:
+            raise ValueError(
+                f"--bank {self.args.bank} has snippets of dimension {self.bank.dim}, the {self.encoder} features of "
+                f"{store} have {features['dim']}: build the bank from this store's features"
+            )
+        made_by = self.bank.meta.get("encoder_meta", features) if self.bank else features
+        if made_by != features:
+            raise ValueError(
+                f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: "
+                + "; ".join(
+                    f"{key} {made_by.get(key)}, here {features[key]}"
+                    for key in features
+                    if made_by.get(key) != features[key]
+                )
             )
 
     def _snippet_encoder(self) -> str:
@@ -178,18 +238,24 @@ class Data:
             "with --keep-images and name --align-encoder"
         )
 
-    def _open(self, store: str, **options) -> LatentDataset:
-        """A store that yields the snippets of this run: rows of the bank, or features."""
-        features = LatentDataset(store, encoder=self.encoder)
+    def _open(self, store: str | Path, **options) -> LatentDataset:
+        """A store that yields the snippets of this run: "index" of bank rows, or own "feature"."""
         if not self.with_snippets:
             return LatentDataset(store, **options)
+        features = LatentDataset(store, encoder=self.encoder, **options)
         if self.args.snippet_from == "own":
-            return LatentDataset(store, encoder=self.encoder, **options)
-        if self.bank.assignment is not None and self.bank.meta.get("store_fingerprint") == features.meta["fingerprint"]:
-            assignment = self.bank.assignment
-        else:
-            assignment = assign(self.bank.to(self.device), features).to(torch.int32)
+            return features
+        assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
+        if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store
+            if self.args.dry_run:
+                return features
+            assignment = self.bank.to(self.device).assign(features.features)
         return LatentDataset(store, assignment=assignment, **options)
+
+    @property
+    def snippet_dim(self) -> int | None:
+        """F, or None where the network takes no snippets."""
+        return self.meta["encoders"][self.encoder]["dim"] if self.with_snippets else None
 
     @property
     def align_dims(self) -> tuple[int, ...]:
@@ -207,10 +273,8 @@ class Data:
         labels = batch["label"].to(self.device, non_blocking=True) if self.with_labels else None  # (B,)
         if not self.with_snippets:
             return labels
-        if self.args.snippet_from == "own":
-            snippets = F.normalize(batch["feature"].to(self.device, non_blocking=True).float(), dim=-1)  # (B, F)
-        else:
-            snippets = self.bank[batch["index"]].to(self.device, non_blocking=True)  # (B, F)
+        snippets = self.bank[batch["index"]] if "index" in batch else batch["feature"]  # (B, F), of unit norm or not
+        snippets = snippets.to(self.device, non_blocking=True).float()
         return (labels, snippets) if self.with_labels else snippets
 
     def align_targets(self, batch: dict) -> list[Tensor]:
@@ -226,68 +290,38 @@ class Data:
         """What a checkpoint says of its data: names and hashes, not contents."""
         bank = None
         if self.bank:
-            path = bank_file(self.args.bank)
+            path = self.bank.path
             bank = {"path": str(path), "sha256": sha256(path), "k": len(self.bank), "dim": self.bank.dim}
             bank["freq_sha256"] = sha256(path.with_suffix(".freq"))
-        store = {
-            "path": self.args.store,
-            **{key: self.meta[key] for key in ("fingerprint", "num_images", "image_size")},
+            assignment = path.with_suffix(".assign")
+            bank["assign_sha256"] = sha256(assignment) if assignment.exists() else None
+        store = {key: self.meta[key] for key in ("fingerprint", "num_images", "image_size")}
+        return {
+            "codec": self.codec,
+            "encoder": self.encoder,
+            "bank": bank,
+            "store": {"path": self.args.store, **store},
+            "image_size": self.meta["image_size"],
+            "num_classes": self.meta.get("num_classes"),
         }
-        facts = {"codec": self.codec, "encoder": self.encoder, "bank": bank, "store": store}
-        return {**facts, "image_size": self.meta["image_size"], "num_classes": self.meta.get("num_classes")}
-
-
-def assign(bank: MemoryBank, dataset: LatentDataset) -> Tensor:
-    """(N, V) the bank's nearest row to each image's views, for a store that the bank was not built from."""
-    parts = np.array_split(np.arange(len(dataset)), len(dataset) // 8192 + 1)
-    columns = []
-    for view in range(dataset.num_views):
-        features = (dataset.fetch(rows, np.full_like(rows, view))["feature"] for rows in parts)
-        columns.append(torch.cat([bank.nearest(part.to(bank.snippets.device)).cpu() for part in features]))
-    return torch.stack(columns, dim=1)  # (N, V)
-
-
-def bank_file(path: str) -> Path:
-    """bank.pth, given itself or its folder."""
-    return Path(path) / "bank.pth" if Path(path).is_dir() else Path(path)
 
 
 def build(args: argparse.Namespace, data: Data) -> SiT:
     """The network for this data and these settings."""
     channels, size, _ = data.codec["latent_shape"]
-    given = {
-        "input_size": size,
-        "in_channels": channels,
-        "condition": args.condition,
-        "snippet_dim": data.snippet_dim,
-        "num_classes": data.meta.get("num_classes") or 1000,
-        "align_dims": data.align_dims,
-    }
+    given = {"input_size": size, "in_channels": channels, "condition": args.condition, "align_dims": data.align_dims}
+    if data.with_snippets:
+        given["snippet_dim"] = data.snippet_dim
+    if data.with_labels:
+        given["num_classes"] = data.meta["num_classes"]
     return SiT_models[args.model](**given, **model_options(args.model_options))
-
-
-def model_options(pairs: list[str]) -> dict[str, object]:
-    """Constructor arguments of SiT from NAME=VALUE pairs.
-
-    Raises:
-        ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
-    """
-    allowed = ("snippet_dropout", "snippet_dropout_at", "snippet_scale", "null_dropout", "label_dropout", "align_depth")
-    allowed += ("qk_norm",)
-    options = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in allowed or not value:
-            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with one of {', '.join(allowed)}")
-        options[name] = value if name == "snippet_dropout_at" else json.loads(value)
-    return options
 
 
 class StopSignal:
     """SIGTERM or SIGINT: the first asks for a stop after the running step, a second leaves at once."""
 
     def __init__(self):
-        self.received, self.owner = False, os.getpid()
+        self.received = False
         multiple = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if multiple else None
 
@@ -300,8 +334,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if os.getpid() != self.owner:  # a reading process, which inherited this handler: its parent will end it
-            return
         if self.received:
             os._exit(SECOND_SIGNAL)
         self.received = True
@@ -312,6 +344,12 @@ class StopSignal:
         if self.group:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
+
+
+def leave_signals_alone(worker: int) -> None:
+    """Start of a reading process: launchers signal the whole process group, and the training process decides."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Trainer:
@@ -341,7 +379,8 @@ class Trainer:
 
         torch.manual_seed(args.seed)
         self.network = build(args, data).to(self.device)
-        if args.init:
+        self._check_alignment()
+        if args.init and not self.checkpoints:
             skipped = init_weights(self.network, args.init)
             accelerator.print(
                 f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
@@ -360,34 +399,69 @@ class Trainer:
         )
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
 
+    def _check_alignment(self) -> None:
+        """Raise ValueError unless the network has as many tokens as the encoder has patches."""
+        data, tokens = self.data, self.network.pos_embed.shape[1]
+        if data.align_dims:
+            patches = data.meta["patches"][data.patches][0] if data.patches else data.align_encoder.num_patches
+            if patches != tokens:
+                raise ValueError(
+                    f"--align-coeff: {self.args.model} has {tokens} tokens, the alignment's encoder {patches} patches; "
+                    "choose an input size of the encoder (NAME@SIZE) that gives as many"
+                )
+
     @property
     def checkpoints(self) -> list[Path]:
         """Full states in order of their steps."""
-        return sorted(path for path in (self.out / "checkpoints").glob("*.pt") if path.stem.isdigit())
+        found = (path for path in (self.out / "checkpoints").glob("*.pt") if path.stem.isdigit())
+        return sorted(found, key=lambda path: int(path.stem))
 
-    def resume(self) -> None:
-        """Continue from the latest checkpoint, or start; refuses a command whose result would be another.
+    def check(self) -> None:
+        """What can be checked before the long work, with nothing written yet.
 
         Raises:
-            ValueError: the run's folder holds a run with other settings; the message lists the differences.
+            ValueError: the run's folder holds a run with other settings (the message lists them); the codec of the
+                grids is not to be had, or is another than the store's; or too little disk is free.
         """
-        settings = {key: value for key, value in vars(self.args).items() if key not in FREE}
-        identity = {"store": self.facts["store"]["fingerprint"], "bank": (self.facts["bank"] or {}).get("sha256")}
-        config, path = {"settings": settings, "data": identity}, self.out / "config.json"
-        if path.exists():
-            old = json.loads(path.read_text())
-            lines = [
-                f"{key.replace('_', '-')}: the run has {old[part].get(key)}, this command {value}"
-                for part in config
-                for key, value in config[part].items()
-                if old[part].get(key) != value
-            ]
-            if lines:
-                raise ValueError(
-                    f"--out {self.out} holds a run with other settings; choose another folder\n  " + "\n  ".join(lines)
-                )
-        elif self.accelerator.is_main_process:
-            write_json(path, config)
+        self._check_same_run()
+        if self.args.sample_every and self.accelerator.is_main_process:
+            name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
+            self.grid_codec = load_codec(name, self.device, channels=channels)
+            meta = self.grid_codec.meta(self.data.meta["image_size"])
+            check_codec(meta, self.data.codec, f"the store {self.args.store}")
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        needed = 16 * count * max(1, self.args.keep + 1 - len(self.checkpoints))  # weights, EMA, two moments in float32
+        if (free := free_space(self.out)) < needed:
+            sizes = f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} GB are free"
+            raise ValueError(f"--out {self.out}: {sizes}; make room or lower --keep")
+
+    def _check_same_run(self) -> None:
+        """Compare this command with what the folder's last checkpoint, or a run still without one, was made by."""
+        settings = {"args": vars(self.args), "store": self.facts["store"], "bank": self.facts["bank"] or {}}
+        config, log = self.out / "config.json", self.out / "log.jsonl"
+        if self.checkpoints:
+            there = read_checkpoint(self.checkpoints[-1])
+        elif config.exists() and log.exists():
+            there = json.loads(config.read_text())
+        else:
+            return
+        lines = [
+            f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
+            for part in settings
+            for key, value in settings[part].items()
+            if key not in FREE and (there[part] or {}).get(key) != value
+        ]
+        if lines:
+            raise ValueError(
+                f"--out {self.out} holds a run with other settings; choose another folder\n  " + "\n  ".join(lines)
+            )
+
+    def resume(self) -> None:
+        """Continue from the latest checkpoint, or start."""
+        if self.accelerator.is_main_process:
+            write_json(self.out / "config.json", {"args": vars(self.args), **self.facts})
+            for stale in (self.out / "checkpoints").glob(".*.tmp.pt"):  # of a killed process
+                stale.unlink()
         if self.checkpoints:
             self.load(self.checkpoints[-1])
 
@@ -403,20 +477,7 @@ class Trainer:
         self.accelerator.print(f"continuing from {path} at step {self.step:,}")
 
     def prepare(self) -> None:
-        """Compile the blocks and wrap the network for mixed precision and several processes; check what `run` needs.
-
-        Raises:
-            ValueError: the grids' codec is not to be had, or is another than the store's; or too little disk is free.
-        """
-        if self.args.sample_every and self.accelerator.is_main_process:
-            name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
-            self.grid_codec = load_codec(name, self.device, channels=channels)
-            check_codec(
-                self.grid_codec.meta(self.data.meta["image_size"]), self.data.codec, f"the store {self.args.store}"
-            )
-        needed = 2 * 16 * sum(parameter.numel() for parameter in self.network.parameters())
-        if free_disk(self.args.out) < needed:
-            raise ValueError(f"--out {self.out}: {needed / 1e9:.1f} GB are needed for checkpoints, fewer are free")
+        """Compile the blocks and wrap the network for mixed precision and several processes."""
         if self.args.compile:
             for block in (*self.network.blocks, *self.ema.blocks):
                 block.compile()
@@ -429,7 +490,14 @@ class Trainer:
             len(store), self.args.batch_size, store.num_views, self.args.seed, self.step, self.args.steps, self.rows
         )
         on_gpu = self.device.type == "cuda"
-        yield from DataLoader(store, sampler=steps, batch_size=None, num_workers=self.args.workers, pin_memory=on_gpu)
+        yield from DataLoader(
+            store,
+            sampler=steps,
+            batch_size=None,
+            num_workers=self.args.workers,
+            pin_memory=on_gpu,
+            worker_init_fn=leave_signals_alone,
+        )
 
     def train_step(self, batch: dict) -> None:
         """One optimiser step on the global batch of `self.step`, accumulated over micro-batches; no host sync."""
@@ -453,7 +521,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
         processes = self.accelerator.num_processes
         losses_of_step = torch.stack(sums).sum(0).double() / args.batch_size  # (3,) of this process's rows
@@ -467,10 +536,12 @@ class Trainer:
         bad = int(self.bad_step)
         if bad >= 0:
             rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
-            last = self.checkpoints[-1] if self.checkpoints else "none was written"
+            remedy = "start again in another folder with a smaller --lr or --precision fp32"
+            if self.checkpoints:
+                remedy = f"the last good checkpoint is {self.checkpoints[-1]}; " + remedy + ", from it by --init"
             raise FloatingPointError(
-                f"the loss or the gradient of step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store); the "
-                f"last good checkpoint is {last}; start a new run from it (--init) with another --lr or --precision"
+                f"the loss or the gradient of step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store); "
+                + remedy
             )
 
     def means(self) -> dict[str, float]:
@@ -493,34 +564,22 @@ class Trainer:
         """Drop lines beyond the checkpoint: those steps are about to be repeated, with the same numbers."""
         path = self.out / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.step]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            with atomic(path) as temporary:  # a line without its end was cut off by a kill or a full disk
+                temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
+
+    def snapshot(self) -> dict:
+        """What a checkpoint says besides the weights in training and the optimiser's state."""
+        facts = {"model_config": self.network.config, "steps": self.step, "args": vars(self.args), **self.facts}
+        return {"ema": self.ema.state_dict(), **facts}
 
     def save(self) -> None:
-        """Write a full state, and an EMA snapshot when one is due; then remove the oldest full states."""
+        """Write a full state; then remove the oldest."""
         sums = self.accelerator.reduce(self.sums, "sum")
         if not self.accelerator.is_main_process:
             return
-        snapshot = {
-            "ema": self.ema.state_dict(),
-            "model_config": self.network.config,
-            "steps": self.step,
-            "args": vars(self.args),
-            **self.facts,
-        }
-        full = {
-            **snapshot,
-            "model": self.network.state_dict(),
-            "opt": self.optimizer.state_dict(),
-            "sums": sums.tolist(),
-        }
-        folder = self.out / "checkpoints"
-        with atomic(folder / f"{self.step:07d}.pt") as temporary:
-            torch.save(full, temporary)
-        if self.args.snapshot_every and self.step % self.args.snapshot_every == 0:
-            with atomic(folder / f"{self.step:07d}-ema.pt") as temporary:
-                torch.save(snapshot, temporary)
+        state = {"model": self.network.state_dict(), "opt": self.optimizer.state_dict(), "sums": sums.tolist()}
+        write_checkpoint(self.out / "checkpoints" / f"{self.step:07d}.pt", {**self.snapshot(), **state})
         for path in self.checkpoints[: -self.args.keep]:
             path.unlink()
 
@@ -571,10 +630,9 @@ class Trainer:
         rows = rows_of_step(len(self.data.train), GRID_IMAGES, self.args.seed, 0)
         batch = self.data.train.fetch(rows, np.zeros_like(rows))
         batch["label"] = torch.arange(GRID_IMAGES) % (self.data.meta.get("num_classes") or 1)
-        if self.data.bank is None:
-            return self.data.cond(batch)
-        snippets = self.data.bank[self.data.bank.indices_from_noise(z.cpu())].to(self.device)
-        return (batch["label"].to(self.device), snippets) if self.data.with_labels else snippets
+        if self.data.bank:
+            batch["index"] = self.data.bank.indices_from_noise(z)
+        return self.data.cond(batch)
 
     def run(self) -> None:
         """Train until `--steps` or a signal; log, evaluate, sample and save on the way."""
@@ -602,13 +660,16 @@ class Trainer:
                 evaluate = self.data.holdout and self.step % args.eval_every == 0
                 sample = args.sample_every and (self.step % args.sample_every == 0 or last)
                 save = self.step % args.save_every == 0 or last or leaving
-                if evaluate or sample or save:
+                snapshot = args.snapshot_every and self.step % args.snapshot_every == 0
+                if evaluate or sample or save or snapshot:
                     self.check_finite()
                     paused = time.perf_counter()
                     if evaluate:
                         self.record({"step": self.step, **self.evaluate()})
                     if sample:
                         self.sample()
+                    if snapshot and main:
+                        write_checkpoint(self.out / "checkpoints" / f"{self.step:07d}-ema.pt", self.snapshot())
                     if save:
                         self.save()
                     began += time.perf_counter() - paused
@@ -627,60 +688,65 @@ def take(cond: object, rows: slice) -> object:
 
 
 def start_wandb(args: argparse.Namespace, out: Path) -> object:
-    """A Weights & Biases run that continues with the training run, as its folder's name."""
+    """A Weights & Biases run that continues with the training run, known by its folder."""
     import wandb
 
-    return wandb.init(project=args.wandb, id=out.resolve().name, resume="allow", dir=out, config=vars(args))
+    name = out.resolve().name
+    identity = f"{name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+    return wandb.init(project=args.wandb, name=name, id=identity, resume="allow", dir=out, config=vars(args))
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint whole; through a stream, because torch.save puts a file's name into it."""
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        torch.save(state, stream)
 
 
 def missing(args: argparse.Namespace) -> list[str]:
     """What the command names that is not there, a line each."""
     wanted = {"--store": Path(args.store) / "meta.json"}
-    if args.bank:
-        wanted["--bank"] = bank_file(args.bank)
-        wanted["--bank "] = bank_file(args.bank).with_suffix(".freq")
     if args.holdout:
         wanted["--holdout"] = Path(args.holdout) / "meta.json"
-    for flag in ("init", "align_encoder_weights"):
+    begun = any(Path(args.out, "checkpoints").glob("*.pt"))  # then --init has served
+    for flag in ("bank", "align_encoder_weights") if begun else ("bank", "align_encoder_weights", "init"):
         if getattr(args, flag):
             wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
-    return [f"{flag.strip()}: {path} does not exist" for flag, path in wanted.items() if not path.exists()]
+    return [f"{flag}: {path} does not exist" for flag, path in wanted.items() if not path.exists()]
 
 
-def describe(args: argparse.Namespace, trainer: Trainer) -> str:
+def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:
     """The configuration with its parameters, memory and disk, for --dry-run."""
-    network = trainer.network
     count = sum(parameter.numel() for parameter in network.parameters())
-    trained = sum(parameter.numel() for parameter in trainer.parameters)
-    depth, tokens, width = len(network.blocks), network.pos_embed.shape[1], network.pos_embed.shape[2]
-    activations = 36 * depth * tokens * width * trainer.micro_batch  # bytes; 36 as measured for XL in bf16
-    state, full = 20 * trained, 16 * count  # weights, gradients, two moments and EMA in float32; no gradients on disk
+    depth, (_, tokens, width) = len(network.blocks), network.pos_embed.shape
+    local = args.batch_size // processes
+    micro = args.micro_batch or local
+    parts = local // micro
+    activations = 36 * depth * tokens * width * micro  # bytes; 36 as measured for XL in bf16
+    images = args.steps * args.batch_size
+    if "store" in facts:
+        images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
     lines = [
-        json.dumps({**vars(args), **trainer.facts, "model_config": network.config}, indent=2),
-        f"parameters        {count:,} ({trained:,} trained)",
-        f"images            {trainer.facts['store']['num_images']:,}; an epoch is "
-        f"{trainer.facts['store']['num_images'] / args.batch_size:,.1f} steps; {args.steps * args.batch_size:,} in all",
-        f"batch             {args.batch_size} = {trainer.accelerator.num_processes} processes × "
-        f"{trainer.local_batch // trainer.micro_batch} micro-batches × {trainer.micro_batch} images",
-        f"memory a process  {state / 1e9:.2f} GB of state + about {activations / 1e9:.2f} GB of activations (estimate)",
-        f"disk              {full / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
-        f"{4 * count / 1e9:.2f} GB a snapshot; {free_disk(args.out) / 1e9:.1f} GB are free",
+        json.dumps({**vars(args), **facts, "model_config": network.config}, indent=2),
+        f"parameters        {count:,}",
+        f"images            {images}",
+        f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
+        f"memory a process  {20 * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
+        f"{activations / 1e9:.2f} GB of activations (estimate)",
+        f"disk              {16 * count / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
+        f"{4 * count / 1e9:.2f} GB a snapshot; {free_space(args.out) / 1e9:.1f} GB are free",
     ]
     return "\n".join(lines)
-
-
-def free_disk(path: str) -> int:
-    """Free bytes where `path` is or will be."""
-    existing = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, as the command line says."""
     args = parse(argv)
     lacking = missing(args)
-    if lacking and args.dry_run:
-        sys.exit(json.dumps(vars(args), indent=2) + "\nmissing:\n  " + "\n  ".join(lacking))
+    if lacking and args.dry_run:  # what is missing tells the shapes: assume ImageNet's at 256 pixels
+        with torch.device("meta"):
+            network = SiT_models[args.model](condition=args.condition, **model_options(args.model_options))
+        print(describe(args, network, int(os.environ.get("WORLD_SIZE", 1)), {}))
+        sys.exit("missing (latents of 4×32×32 and snippets of 768 assumed above):\n  " + "\n  ".join(lacking))
     if lacking:
         raise ValueError("; ".join(lacking))
     on_gpu = torch.cuda.is_available()
@@ -696,8 +762,9 @@ def main(argv: list[str] | None = None) -> None:
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     trainer = Trainer(args, accelerator, Data(args, accelerator.device))
+    trainer.check()
     if args.dry_run:
-        accelerator.print(describe(args, trainer))
+        accelerator.print(describe(args, trainer.network, accelerator.num_processes, trainer.facts))
         return
     trainer.resume()
     if trainer.step >= args.steps:

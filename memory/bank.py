@@ -168,6 +168,11 @@ class MemoryBank:
             found.append(assign(normalised(some.to(self.snippets.device)), self._unit))
         return torch.cat(found)
 
+    def assign(self, features: np.ndarray) -> torch.Tensor:
+        """Nearest rows (N, V) int32, in main memory, of features (N, V, F), an array that may lie on disk."""
+        chunks = (torch.from_numpy(np.array(features[start : start + ROWS])) for start in range(0, len(features), ROWS))
+        return torch.cat([self.nearest(some.flatten(0, 1)).view(some.shape[:2]).int().cpu() for some in chunks])
+
 
 def _read(path: Path) -> object:
     """The object in a torch file, by the safe loader; ValueError naming the file if it holds none."""

@@ -52,3 +52,9 @@ def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_space(path: str | os.PathLike) -> int:
+    """Free bytes of the disk on which `path` is or will be."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free

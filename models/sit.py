@@ -20,7 +20,10 @@ ALIGN_HIDDEN = 2048  # hidden width of an alignment head
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (B,) in [0, 1] → (B, D): sinusoidal features of the unscaled time, then a two-layer MLP."""
+    """Times (B,) in [0, 1] → (B, D): sinusoidal features of the unscaled time, then a two-layer MLP.
+
+    All in float32 whatever the autocast, because bf16 cannot tell neighbouring times apart.
+    """
 
     num_features = 256
     max_period = 10_000
@@ -30,14 +33,15 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def features(self, t: Tensor) -> Tensor:
-        """128 cosines, then 128 sines, in float32 whatever the autocast: bf16 cannot tell neighbouring times apart."""
+        """128 cosines, then 128 sines, of periods from 2π to 20,000π."""
         half = self.num_features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)  # (B, 128)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t))  # (B, D)
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(self.features(t))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):

@@ -1,7 +1,9 @@
 """Training: the data of a step, resume, process counts, signals, and commands that must not start."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ import torch
 from PIL import Image
 
 import train
-from dataset import LatentDataset
+from dataset import LatentDataset, rows_of_step, views_of_step
 from memory.bank import MemoryBank
 from memory.files import write_json
 from models.checkpoint import load_model
 
+ROOT = train.Path(train.__file__).parent
 IMAGES, VIEWS, CLUSTERS, DIM = 40, 2, 8, 12
 
 
@@ -70,7 +73,7 @@ def write_bank(path, store):
     data = LatentDataset(store, encoder="toy")
     snippets = torch.randn(CLUSTERS, DIM, generator=torch.Generator().manual_seed(0))
     bank = MemoryBank(snippets, [1] * CLUSTERS)
-    assignment = train.assign(bank, data).int()
+    assignment = bank.assign(data.features)
     meta = {"encoder": "toy", "store_fingerprint": data.meta["fingerprint"]}
     MemoryBank(snippets, [1] * CLUSTERS, assignment, meta).save(path / "bank.pth")
     return path
@@ -162,7 +165,7 @@ def test_two_processes_train_like_one(folder):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = command(folder, folder / "pair", *plain)
-    subprocess.run([*launch, "train.py", *words], check=True, env=environment, cwd=train.Path(train.__file__).parent)
+    subprocess.run([*launch, "train.py", *words], check=True, env=environment, cwd=ROOT)
     for a, b in zip(log(folder / "alone"), log(folder / "pair"), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "holdout_loss"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4)
@@ -171,28 +174,112 @@ def test_two_processes_train_like_one(folder):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_signal_saves_the_running_step(folder, whole):
-    out = folder / "stopped"
-    words = command(folder, out, "--steps", 10_000, "--save-every", 10_000)
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=train.Path(train.__file__).parent)
+@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_a_signal_to_the_whole_group_saves_the_running_step(folder, launch):
+    """As schedulers and torchrun send it: to the reading processes, too."""
+    out = folder / f"stopped-{len(launch)}"
+    words = command(folder, out, "--steps", 10_000, "--save-every", 10_000, "--workers", 2)
+    start = [sys.executable, *launch, "train.py", *words]
+    process = subprocess.Popen(start, cwd=ROOT, start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     while not (out / "log.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    os.killpg(process.pid, signal.SIGTERM)
+    status = process.wait(timeout=60)
+    assert status == 0 or launch  # torchrun itself reports that it was signalled
     (saved,) = (out / "checkpoints").glob("*.pt")
     assert torch.load(saved, weights_only=True)["steps"] == int(saved.stem) < 10_000
-    assert not list(out.rglob("*.tmp*"))
+    assert not list(out.rglob(".*"))
 
 
 def test_a_rerun_with_another_result_stops_and_says_why(folder, whole):
     with pytest.raises(ValueError, match=r"lr: the run has 0.001, this command 0.002"):
         train.main([*command(folder, whole, "--steps", 8), "--lr", "0.002"])
     other = write_store(folder / "other-store", seed=5)
-    with pytest.raises(ValueError, match=r"store: the run has 0-False-40, this command 5-False-40"):
+    with pytest.raises(ValueError, match=r"fingerprint: the run has 0-False-40, this command 5-False-40"):
         train.main(
             [*command(folder, whole, "--steps", 8), "--store", str(other), "--holdout", str(folder / "store-holdout")]
         )
+
+
+def test_another_frequency_file_is_another_run(folder, whole):
+    copy = folder / "edited-bank"
+    shutil.copytree(folder / "bank", copy)
+    torch.save([2] * CLUSTERS, copy / "bank.freq")
+    with pytest.raises(ValueError, match="freq-sha256: the run has"):
+        train.main([*command(folder, whole, "--steps", 8), "--bank", str(copy)])
+
+
+def test_a_start_that_failed_does_not_block_its_folder(folder):
+    out = folder / "second-try"
+    with pytest.raises(ValueError, match="toy-vae"):
+        train.main(command(folder, out, "--steps", 1, "--sample-every", 1))
+    assert not out.exists()
+    train.main(command(folder, out, "--steps", 1, "--lr", 0.5))
+
+
+def test_a_log_that_was_cut_off_is_mended(folder, whole):
+    out = folder / "cut"
+    shutil.copytree(whole, out)
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text() + '{"step": 7, "lo')
+    train.main(command(folder, out, "--steps", 8))
+    assert [line["step"] for line in log(out)] == [2, 2, 4, 4, 6, 6, 8, 8]
+
+
+def test_the_average_keeps_no_graph(folder, monkeypatch):
+    trainers = []
+    prepare = train.Trainer.prepare
+    monkeypatch.setattr(train.Trainer, "prepare", lambda self: trainers.append(self) or prepare(self))
+    train.main(command(folder, folder / "graph", "--steps", 2))
+    assert not any(average.requires_grad for average in trainers[0].averages)
+
+
+def test_ema_follows_its_warm_up(folder):
+    """After one step the average has moved by 1 − min(decay, 1/10) = 0.9 of the way, after the second by 1 − 2/11."""
+    words = ("--save-every", 1, "--keep", 9, "--ema-decay", 0.9)
+    train.main(command(folder, folder / "ema", "--steps", 2, *words))
+    one, two = (torch.load(folder / "ema" / "checkpoints" / f"000000{i}.pt", weights_only=True) for i in (1, 2))
+    for name, average in two["ema"].items():
+        expected = one["ema"][name] + (1 - 2 / 11) * (two["model"][name] - one["ema"][name])
+        torch.testing.assert_close(average, expected)
+
+
+@pytest.mark.parametrize("source", ["stored", "online"])
+def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
+    """Patch tokens from the store, and from an encoder on its images, which are mirrored where the latent is."""
+    store = folder / f"aligned-{source}"
+    write_bank(folder / f"bank-{source}", write_store(store))
+    meta = json.loads((store / "meta.json").read_text())
+    random = np.random.default_rng(3)
+    images = random.integers(0, 256, (IMAGES, 1, 8, 8), dtype=np.uint8)
+    tokens = np.stack([images, images[..., ::-1]], 1).reshape(IMAGES, VIEWS, 16, 4).astype(np.float16)
+    if source == "stored":
+        (store / "patches").mkdir()
+        np.save(store / "patches" / "toy.npy", tokens)
+        meta["patches"] = {"toy": [16, 4]}
+    else:
+        np.save(store / "images.npy", images)
+        meta["has_images"] = True
+    write_json(store / "meta.json", meta)
+
+    class Pixels:
+        dim, num_patches = 4, 16
+
+        def __call__(self, images, return_patches):
+            return None, images.reshape(len(images), 16, 4).float()
+
+    monkeypatch.setattr(train, "load_encoder", lambda name, **options: Pixels())
+    seen = []
+    align = train.Data.align_targets
+    monkeypatch.setattr(train.Data, "align_targets", lambda self, batch: seen.append(align(self, batch)) or seen[-1])
+    words = command(folder, folder / f"run-{source}", "--steps", 3, "--align-coeff", 0.5, "--align-encoder", "toy")
+    words[1:4:2] = [str(store), str(folder / f"bank-{source}")]
+    train.main([*words, "--model-options", "align_depth=3"])
+    for step, (target,) in enumerate(seen):
+        rows, views = rows_of_step(IMAGES, 8, 0, step), views_of_step(8, VIEWS, 0, step)
+        assert torch.equal(target.float(), torch.from_numpy(tokens[rows, views]).float())
+    assert len(seen) == 3
+    assert {"velocity", "align"} <= log(folder / f"run-{source}")[0].keys()
 
 
 def test_a_finished_run_is_left_alone(folder, whole, capsys):
@@ -204,9 +291,14 @@ def test_a_finished_run_is_left_alone(folder, whole, capsys):
 
 def test_old_checkpoints_go_and_snapshots_stay(folder):
     out = folder / "kept"
-    train.main(command(folder, out, "--steps", 6, "--save-every", 1, "--keep", 2, "--snapshot-every", 2))
+    train.main(command(folder, out, "--steps", 6, "--save-every", 5, "--keep", 2, "--snapshot-every", 2))
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["0000002-ema.pt", "0000004-ema.pt", "0000005.pt", "0000006-ema.pt", "0000006.pt"]
+    (out / "checkpoints" / "10000000.pt").symlink_to("0000006.pt")
+    args = train.parse(command(folder, out))
+    found = train.Trainer.checkpoints.fget(argparse.Namespace(out=train.Path(args.out)))
+    assert [path.stem for path in found] == ["0000005", "0000006", "10000000"]
+    found[-1].unlink()
     model, config, bank = load_model(out)
     assert config["steps"] == 6
     assert len(bank) == CLUSTERS
@@ -251,13 +343,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fold
 
 
 def test_dry_run_says_everything_and_writes_nothing(folder, capsys):
-    train.main([*command(folder, folder / "dry"), "--dry-run", "--model", "SiT-S/2"])
+    train.main([*command(folder, folder / "dry"), "--dry-run", "--model", "SiT-S/2", "--stage", str(folder / "stage")])
     printed = capsys.readouterr().out
     for word in ("parameters", "memory", "disk", "snippet_dim", "fingerprint"):
         assert word in printed
     assert not (folder / "dry").exists()
-    with pytest.raises(SystemExit, match=r"(?s)missing:.*--store: .*nowhere"):
-        train.main([*command(folder, folder / "dry"), "--dry-run", "--store", str(folder / "nowhere")])
+    assert not (folder / "stage").exists()
+
+
+def test_dry_run_before_the_data_exists(folder, capsys):
+    with pytest.raises(SystemExit, match=r"(?s)missing.*--store: .*nowhere"):
+        train.main(
+            [*command(folder, folder / "dry"), "--dry-run", "--store", str(folder / "nowhere"), "--model", "SiT-XL/2"]
+        )
+    printed = capsys.readouterr().out
+    assert "parameters        674,843,920" in printed
+    assert "10.8" in printed  # GB a checkpoint
+
+
+def test_the_holdout_beside_the_store_is_found(folder):
+    with_slash = train.parse(command(folder, folder / "x", "--store", f"{folder / 'store'}/"))
+    assert with_slash.holdout == str(folder / "store-holdout")
+
+
+def test_stage_reads_a_copy(folder, whole):
+    train.main(command(folder, folder / "staged", "--steps", 6, "--stage", folder / "fast"))
+    assert (folder / "fast" / "store" / "latents.npy").exists()
+    assert_same(final(whole)["ema"], final(folder / "staged")["ema"])
 
 
 @pytest.mark.parametrize(
@@ -267,11 +379,44 @@ def test_dry_run_says_everything_and_writes_nothing(folder, capsys):
         (["--batch-size", "9", "--micro-batch", "2"], "does not divide"),
         (["--align-coeff", "0.5"], "needs patch tokens"),
         (["--encoder", "other"], "made by encoder toy"),
-        (["--model-options", "depth=3"], "expected NAME=VALUE"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist"),
     ],
 )
-def test_commands_that_cannot_work_stop_before_they_start(folder, words, message):
+def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
     with pytest.raises(ValueError, match=message):
         train.main([*command(folder, folder / "never"), *words])
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE"),
+        (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE"),
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--micro-batch", "0"], "--micro-batch 0: expected at least 1"),
+        (["--align-encoder", "toy"], "not read without --align-coeff"),
+        (["--clip", "-1"], "--clip > 0"),
+        (["--eval-every", "-1"], "--eval-every -1"),
+        (["--condition", "label"], "does not read --bank"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(folder, words, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*command(folder, folder / "never"), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_stores_that_lack_what_the_run_needs(folder):
+    bare = write_store(folder / "bare", seed=2)
+    meta = json.loads((bare / "meta.json").read_text())
+    words = command(folder, folder / "never", "--holdout", bare)
+    write_json(bare / "meta.json", meta | {"num_classes": None})
+    with pytest.raises(ValueError, match="bare has no labels"):
+        train.main([*words, "--condition", "label+snippet"])
+    write_json(bare / "meta.json", meta | {"encoders": {}})
+    with pytest.raises(ValueError, match="bare has no features of the snippets' encoder toy"):
+        train.main(words)
+    write_json(bare / "meta.json", meta | {"encoders": {"toy": {"name": "toy", "dim": DIM + 1}}})
+    with pytest.raises(ValueError, match=f"dimension {DIM}, the toy features of .* have {DIM + 1}"):
+        train.main(words)
