@@ -35,6 +35,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("reference", metavar="REF", type=Path, help="npz in ADM's layout, or images: npz, folder, zip, store, idx.gz")
     add("samples", metavar="SAMPLES", type=Path, nargs="?", help="images: npz with arr_0, folder, zip, store, idx.gz")
     add("--seeds", metavar="SAMPLES", type=Path, nargs="+", default=[], help="samples of more seeds: mean and spread")
+    add_shared(parser)
+    add("--save-reference", metavar="OUT.npz", type=Path, help="write REF in ADM's layout; SAMPLES may be left out")
+    add("--out", metavar="FILE", type=Path, help="JSON of the results (default: beside SAMPLES)")
+    args = parser.parse_args(argv)
+    if args.samples is None and args.save_reference is None:
+        parser.error("SAMPLES is missing (only --save-reference goes without)")
+    if args.encoder and args.save_reference:
+        parser.error("--encoder does not go with --save-reference, whose layout is Inception's")
+    check_shared(parser, args)
+    return args
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that scores images: which network, how many, how."""
+    add = parser.add_argument
     add("--inception", metavar="FILE", help="Inception weights (default: $INCEPTION_WEIGHTS, then torch hub's cache)")
     add("--encoder", metavar="NAME", help="encoder of models/encoder.py instead of Inception; it names the metrics")
     add("--encoder-weights", metavar="FILE", help="local weights of --encoder")
@@ -42,18 +57,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", metavar="B", type=int, help="images at once on a process (default: 128 on a GPU, 32 on a CPU)")
     add("--no-precision-recall", action="store_true", help="leave out what needs images of the reference, KID too")
     add("--no-cache", action="store_true", help="neither read nor write the reference's features beside REF")
-    add("--save-reference", metavar="OUT.npz", type=Path, help="write REF in ADM's layout; SAMPLES may be left out")
-    add("--out", metavar="FILE", type=Path, help="JSON of the results (default: beside SAMPLES)")
-    args = parser.parse_args(argv)
-    if args.samples is None and args.save_reference is None:
-        parser.error("SAMPLES is missing (only --save-reference goes without)")
-    if args.encoder and (args.inception or args.save_reference):
-        parser.error("--encoder goes neither with --inception nor with --save-reference, whose layout is Inception's")
+
+
+def check_shared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave with a usage error where the shared arguments contradict each other."""
+    if args.encoder and args.inception:
+        parser.error("--encoder does not go with --inception: choose one network")
     if args.encoder_weights and not args.encoder:
         parser.error("--encoder-weights needs --encoder")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected at least 1")
-    return args
+
+
+def load_network(args: argparse.Namespace, device: torch.device) -> Network:
+    """The network that the shared arguments name."""
+    if args.encoder:
+        return EncoderNetwork(args.encoder, args.encoder_weights, device)
+    return Inception(find_weights(args.inception), device)
+
+
+def batch_size_of(args: argparse.Namespace, device: torch.device) -> int:
+    """Images at once on a process, as given or as the device takes."""
+    return args.batch_size or (128 if device.type == "cuda" else 32)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,16 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    batch_size = args.batch_size or (128 if state.device.type == "cuda" else 32)
+    batch_size = batch_size_of(args, state.device)
 
     sets = [Samples(path, args.num_samples) for path in [args.samples, *args.seeds] if path]
     reference = Reference(args.reference, use_moments=not args.encoder, use_images=not args.no_precision_recall)
     check_sets(reference, sets)
-    if args.encoder:
-        network = EncoderNetwork(args.encoder, args.encoder_weights, state.device)
-    else:
-        network = Inception(find_weights(args.inception), state.device)
-
+    network = load_network(args, state.device)
     known = reference.summary(network, batch_size, state, cache=not args.no_cache)
     if args.save_reference and state.is_main_process:
         reference.save(args.save_reference, known, batch_size)
@@ -117,12 +138,8 @@ def metrics(reference: Summary, samples: Summary, network: str, images: bool) ->
     return values
 
 
-def report(
-    results: list[dict[str, float]], sets: list[Samples], reference: Reference, network: Network, out: Path | None
-) -> None:
-    """Print ADM's lines, with the spread over seeds if there are several sets, and write the same as JSON."""
-    count, first = sets[0].count, sets[0].path
-    related = any(samples.related_to(network.name) for samples in sets)
+def warnings_about(network: Network, related: bool) -> list[str]:
+    """Why numbers of a network may not be compared; `related`: it is of the family of the snippets' encoder."""
     warnings = []
     if related:
         warnings.append(f"{network.name} is of the family of the snippet encoder: not for comparison with other models")
@@ -130,7 +147,16 @@ def report(
         warnings.append(
             "the Inception weights are not the published file: nothing here compares with published numbers"
         )
+    return warnings
 
+
+def report(
+    results: list[dict[str, float]], sets: list[Samples], reference: Reference, network: Network, out: Path | None
+) -> None:
+    """Print ADM's lines, with the spread over seeds if there are several sets, and write the same as JSON."""
+    count, first = sets[0].count, sets[0].path
+    related = any(samples.related_to(network.name) for samples in sets)
+    warnings = warnings_about(network, related)
     print(f"{count:,} samples of {first} against {reference.path} (sha256 {reference.digest[:12]})")
     for warning in warnings:
         print(f"warning: {warning}")
@@ -163,9 +189,14 @@ def report(
                 "network": network.identity(),
                 "same_family_as_snippets": related,
                 "warnings": warnings,
-                "versions": {module.__name__: module.__version__ for module in (torch, np, torch_fidelity)},
+                "versions": versions(),
             },
         )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the numbers depend on."""
+    return {module.__name__: module.__version__ for module in (torch, np, torch_fidelity)}
 
 
 if __name__ == "__main__":

@@ -237,6 +237,17 @@ class StoreImages(ImageSet):
         return sha256(self.path / "images.npy")
 
 
+class ChosenImages(StoreImages):
+    """The images of a store at any of its rows, in any order, repeated or not."""
+
+    def __init__(self, path: Path, rows: Sequence[int]):
+        super().__init__(path)
+        self.rows, self.count = rows, len(rows)
+
+    def images(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        return super().images([self.rows[row] for row in rows])
+
+
 def open_images(path: str | os.PathLike) -> ImageSet:
     """The images at `path`: an npz, an idx file, a zip, a store, or a folder of PNG and JPEG files.
 

@@ -34,5 +34,6 @@ class Samples:
 
 
 def family(encoder: str | None) -> str | None:
-    """The kind of network behind an encoder's name, the name itself if it is none of FAMILIES."""
-    return next((kind for kind in FAMILIES if kind in (encoder or "").lower()), encoder)
+    """The kind of network behind an encoder's name: one of FAMILIES, or the name itself without its input size."""
+    name = encoder and encoder.partition("@")[0]
+    return next((kind for kind in FAMILIES if kind in (name or "").lower()), name)

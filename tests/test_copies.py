@@ -1,4 +1,4 @@
-"""The copy audit: planted copies are found, real images that nobody trained on are not accused, nothing is missed."""
+"""The copy audit and the control rows: planted copies are found, real images that nobody trained on are not accused."""
 
 import gzip
 import json
@@ -13,9 +13,13 @@ import timm
 import torch
 from PIL import Image
 
-from evaluations import copies
+from evaluations import card, controls, copies
 from evaluations.copies import Finding
 from evaluations.search import FeatureSpace, LatentSpace, nearest
+from memory import build_bank
+from memory.bank import MemoryBank
+from memory.files import sha256
+from samplers import noise
 from scripts import encode_dataset
 
 ENCODER = "test_vit@32"
@@ -25,10 +29,10 @@ SPACES = (ENCODER, "latent")
 
 @pytest.fixture(scope="module")
 def clothes(root):
-    """Real images (2000, 28, 28) of Fashion-MNIST, all different."""
+    """Real images (1300, 28, 28) of Fashion-MNIST, all different."""
     with gzip.open(root / "assets" / "fashion-mnist" / "train-images-idx3-ubyte.gz") as file:
         file.read(16)
-        return np.frombuffer(file.read(2000 * 28 * 28), np.uint8).reshape(-1, 28, 28)
+        return np.frombuffer(file.read(1300 * 28 * 28), np.uint8).reshape(-1, 28, 28)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(clothes, weights, tmp_path_factory):
-    """A store of about 1,300 real images with two views, and about 400 held out."""
+    """A store of about 750 real images with two views, and about 250 held out."""
     folder = tmp_path_factory.mktemp("data")
     kept = clothes[FRESH:]
     (folder / "source").mkdir()
@@ -80,7 +84,7 @@ def both(weights):
 def test_planted_copies_are_found(audit, both, clothes, store):
     """Exact, mirrored and slightly noisy copies among real images; each is traced to its row and view."""
     training = np.load(store / "images.npy")[:, 0]
-    rows = np.arange(30) * 40
+    rows = np.arange(30) * 20
     planted = training[rows].copy()
     planted[10:20] = planted[10:20, :, ::-1]
     noise = np.random.default_rng(0).integers(-2, 3, planted[20:].shape)
@@ -257,6 +261,89 @@ def test_what_cannot_be_audited_is_refused(audit, both, clothes, store, weights,
     for wrong in (["--encoder-weights", "w"], ["--batch-size", "0"]):
         with pytest.raises(SystemExit):
             copies.parse(["--store", "s", "--samples", "x", "--out", "o", *wrong])
+
+
+# Control rows and the card
+
+
+@pytest.fixture(scope="module")
+def bank(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("banks") / "clothes"
+    build_bank.main(["--store", str(store), "--out", str(out), "--k", "40", "--passes", "2"])
+    return out
+
+
+@pytest.fixture
+def sampled(bank, clothes, tmp_path):
+    """Thirty "samples" with the samples.json of a draw from the bank."""
+    np.savez(tmp_path / "s.npz", arr_0=np.repeat(clothes[:30, ..., None], 3, 3))
+    settings = {"snippets": "noise", "seed": 3, "encoder": ENCODER, "training_steps": 800, "sampler": "sde"}
+    settings |= {"evaluations": 250, "guidance": None}
+    settings["bank"] = {file: sha256(bank / file) for file in ("bank.pth", "bank.freq")}
+    run = {"images_per_second": 2.5, "processes": 1, "device": "a machine"}
+    write_made(tmp_path, settings, run)
+    return tmp_path / "s.npz", settings
+
+
+def write_made(folder, settings, run=None):
+    (folder / "s.json").write_text(json.dumps({"num_images": 30, "settings": settings, "run": run}))
+
+
+def control(sampled, store, bank, weights, *more):
+    out = sampled.with_name("controls.json")
+    command = [store, sampled, "--store", store, "--bank", bank, "--out", out, "--encoder", "test_vit"]
+    controls.main([*map(str, command), "--encoder-weights", str(weights), "--no-cache", *more])
+    return json.loads(out.read_text())
+
+
+def test_control_rows_and_the_card(sampled, store, bank, weights, capsys, tmp_path):
+    samples, _ = sampled
+    result = control(samples, store, bank, weights)
+    rows = result["rows"]
+    assert [row["num_images"] for row in rows.values()] == [30] * 4
+    assert result["same_family_as_snippets"]
+    assert rows["held-out images"]["metrics"].keys() == {"training"}
+    against = {title: row["metrics"]["training"] for title, row in rows.items()}
+    for title in ("random training images", "training images of the snippets"):
+        assert against[title]["Precision-test_vit"] == 1  # they lie among the references
+    assert all(np.isfinite(value) for metrics in against.values() for value in metrics.values())
+
+    memory = MemoryBank.load(bank)
+    z = noise(3, torch.arange(30), 0, (1, 28, 28), "cpu")
+    features = torch.from_numpy(np.load(store / "features" / f"{ENCODER}.npy")).float()  # (N, 2, F)
+    cosines = torch.nn.functional.normalize(features, dim=2) @ memory[memory.indices_from_noise(z)].T  # (N, 2, 30)
+    assert result["different_copies"] == len(cosines.amax(1).argmax(0).unique())
+    assert 1 < result["different_copies"] < 30
+
+    copies.main(["--store", str(store), "--samples", str(samples), "--out", str(tmp_path)])
+    capsys.readouterr()
+    names = ["--controls", tmp_path / "controls.json", "--copies", tmp_path / "copies.json", "--bank", bank]
+    card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
+    page = (tmp_path / "card.md").read_text()
+    assert page.strip() == capsys.readouterr().out.strip()
+    assert page.index("## Not for comparison") < page.index("| random training images ")
+    for part in ("| latent ", "Bank of 40 snippets", "800 training steps; sde with 250 evaluations", "below 10,000"):
+        assert part in page
+    other = json.loads((tmp_path / "copies.json").read_text()) | {"samples": {"made": {}}}
+    (tmp_path / "copies.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="different samples"):
+        card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
+
+
+def test_controls_of_things_that_do_not_belong_together(sampled, store, bank, weights, tmp_path):
+    samples, settings = sampled
+    write_made(tmp_path, settings | {"snippets": "0" * 64})
+    with pytest.raises(ValueError, match=r"snippets = '0000.*noise or random"):
+        control(samples, store, bank, weights)
+    write_made(tmp_path, settings | {"bank": {"bank.pth": "0" * 64}})
+    with pytest.raises(ValueError, match=r"--bank .*bank\.pth is not the file"):
+        control(samples, store, bank, weights)
+    write_made(tmp_path, settings | {"bank": {}})
+    memory = MemoryBank.load(bank)
+    memory.meta |= {"store_fingerprint": "other"}
+    memory.save(tmp_path / "bank.pth")
+    with pytest.raises(ValueError, match=r"--store .*was built from another"):
+        control(samples, store, tmp_path, weights)
 
 
 @pytest.mark.gpu

@@ -377,6 +377,7 @@ def sampled(folder, images, **made):
 def test_a_distance_in_the_family_of_the_snippets_is_marked(evaluate, tmp_path, capsys):
     assert samples.family("dinov2-vitb14@448") == samples.family("vit_small_patch14_dinov2.lvd142m") == "dinov2"
     assert samples.family("efficientnet-lite0") == samples.family("tf_efficientnet_b0") != samples.family("resnet50")
+    assert samples.family("other@32") == samples.family("other") == "other"
     assert samples.family(None) is None
     real, fake = save_npz(tmp_path / "ref.npz", pictures(24)), pictures(20, seed=1)
     lines, result = evaluate(real, sampled(tmp_path / "a", fake, settings={"encoder": ENCODER}))
