@@ -338,7 +338,7 @@ class Output:
         if self.json.exists():
             old = json.loads(self.json.read_text())
             self._check_same(old)
-            marks = np.ones(old["num_images"], np.uint8) if old["complete"] else np.fromfile(self.done, np.uint8)
+            marks = self._kept(old["num_images"]) if old["complete"] else np.fromfile(self.done, np.uint8)
             done[: len(marks)] = marks[: self.num_images]
         elif self.archive.exists() or any(self.folder.glob("*.png")):
             raise ValueError(
@@ -355,7 +355,7 @@ class Output:
         if self.npz:
             with open(self.pixels, "ab"):
                 os.truncate(self.pixels, self.num_images * self.image_bytes)
-        if self.npz and old and old["complete"]:
+        if self.npz and old and old["complete"] and self.archive.exists():
             with zipfile.ZipFile(self.archive).open("arr_0.npy") as rows, open(self.pixels, "r+b") as to:
                 np.lib.format.read_magic(rows)
                 np.lib.format.read_array_header_1_0(rows)
@@ -364,6 +364,12 @@ class Output:
             done.tofile(temporary)
         write_json(self.json, self.facts)
         return left
+
+    def _kept(self, count: int) -> np.ndarray:
+        """Which images of a complete run of `count` are still there, (count,): files may have been removed since."""
+        if self.npz and not self.archive.exists():
+            return np.zeros(count, np.uint8)
+        return np.array([not self.png or self._png(image).exists() for image in range(count)], np.uint8)
 
     def _check_same(self, old: dict) -> None:
         now = json.loads(json.dumps(self.facts["settings"]))

@@ -213,6 +213,17 @@ def test_a_run_grows(folder, run, tmp_path, monkeypatch, format):
     assert json.loads((tmp_path / "samples.json").read_text())["num_images"] == 7
 
 
+@pytest.mark.parametrize("removed", [["samples.npz"], ["000002.png"], ["samples.npz", "000000.png"]])
+def test_what_was_removed_from_a_complete_run_is_made_again(folder, run, tmp_path, removed):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    for name in removed:
+        (out / name).unlink()
+    main(command(folder, out))
+    assert set(os.listdir(out)) == set(os.listdir(run))
+    assert almost_equal(pixels(out), pixels(run))
+
+
 def test_a_run_that_stopped_before_packing_packs(folder, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sample_ddp, "make_grid", lambda *a, **k: 1 / 0)
