@@ -17,7 +17,6 @@ file's metadata, the bank's path relative to the file. Published weights are tur
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -137,9 +136,10 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 def summary(differences: list[str]) -> list[str]:
     """A short table of differences: one line for those that only the block's number tells apart, a few of each kind."""
-    alike = Counter(re.sub(r"\bblocks\.\d+\.", "blocks.*.", line) for line in differences)
-    single = {re.sub(r"\bblocks\.\d+\.", "blocks.*.", line): line for line in differences}
-    lines = [single[line] if count == 1 else f"{line}, {count} times" for line, count in alike.items()]
+    alike = {}
+    for line in differences:
+        alike.setdefault(re.sub(r"\bblocks\.\d+\.", "blocks.*.", line), []).append(line)
+    lines = [found[0] if len(found) == 1 else f"{name}, {len(found)} times" for name, found in alike.items()]
     table = []
     for kind in ("missing", "unexpected", "mis-shaped"):
         of_kind = [line for line in lines if line.startswith(kind)]

@@ -167,7 +167,7 @@ def unwrap(contents: object, path: Path) -> tuple[dict[str, dict[str, Tensor]], 
     if isinstance(contents, dict):
         described = f"a dictionary of {', '.join(map(str, list(contents)[:8])) or 'nothing'}"
         args = contents.get("args", {})
-        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
         args = {name: value.tolist() if isinstance(value, np.generic) else value for name, value in args.items()}
         states = {key: contents[key] for key in ("ema", "model") if key in contents}
         if "network" in contents:
@@ -223,8 +223,8 @@ def recognise(state: dict[str, Tensor]) -> tuple[dict, str]:
         config["num_classes"] = kinds["label"][0] - 1  # the last row is the null label, always there
     if "snippet" in kinds:
         config["snippet_dim"] = kinds["snippet"][1]
-    heads = sorted(name for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
-    config["align_dims"] = [shapes[name][0] for name in heads]
+    heads = {int(name.split(".")[1]) for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name)}
+    config["align_dims"] = [shapes[f"projectors.{head}.4.weight"][0] for head in sorted(heads)]
     config["qk_norm"] = any(".attn.q_norm." in name for name in shapes)
     for mark, what in MARKS.items():
         if any(mark in name for name in shapes):
