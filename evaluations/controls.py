@@ -14,6 +14,7 @@ that choose the network; `torchrun -m evaluations.controls …` shares the image
 """
 
 import argparse
+import itertools
 import os
 from pathlib import Path
 
@@ -88,16 +89,18 @@ def main(argv: list[str] | None = None) -> None:
         "held-out images": ChosenImages(holdout.path, spread(len(holdout), samples.count)),
     }
     known = {name: ref.summary(network, batch_size, state, not args.no_cache) for name, ref in references.items()}
-    rows = {}
-    for title, images in sets.items():
-        count = min(len(images), samples.count)
-        found = summarize(images, count, range(count), network, batch_size, state, title)
-        rows[title] = {"num_images": count, "metrics": {}}
-        for name, reference in known.items():
-            if (title, name) != ("held-out images", "held-out") and state.is_main_process:
-                rows[title]["metrics"][name] = metrics(reference, found, network.name, with_images)
+    counts = {title: min(len(images), samples.count) for title, images in sets.items()}
+    found = {
+        title: summarize(images, counts[title], range(counts[title]), network, batch_size, state, title)
+        for title, images in sets.items()
+    }
 
-    if state.is_main_process:
+    if state.is_main_process:  # no other process waits for it any more
+        rows = {title: {"num_images": count, "metrics": {}} for title, count in counts.items()}
+        for title, name in itertools.product(sets, references):
+            if (title, name) != ("held-out images", "held-out"):
+                values = metrics(known[name], found[title], network.name, with_images)
+                rows[title]["metrics"][name] = values
         related = samples.related_to(network.name)
         warnings = warnings_about(network, related)
         if samples.count < ENOUGH:
