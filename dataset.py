@@ -16,7 +16,6 @@ any number of processes sees the same data and "where training stopped" is a ste
 
 import fcntl
 import functools
-import json
 import os
 import shutil
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from memory.files import atomic
+from memory.files import atomic, read_json
 
 FORMAT = 1  # of meta.json and the arrays; raised when an older reader would misread them
 META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
@@ -55,7 +54,7 @@ def read_meta(store: str | os.PathLike) -> dict:
     """The meta.json of a complete store; ValueError if the store is missing, unfinished or of a newer format."""
     path = Path(store)
     if (path / META).is_file():
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
     elif path.is_dir():
         meta = {"complete": False}
     else:
@@ -234,7 +233,7 @@ def stage(store: str | os.PathLike, directory: str | os.PathLike) -> Path:
     with open(target / ".staging", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (target / META).is_file():
-            present = json.loads((target / META).read_text())
+            present = read_json(target / META)
             if present["fingerprint"] != meta["fingerprint"]:
                 raise ValueError(
                     f"{target} holds another store than {source}: remove it, or stage to another directory"

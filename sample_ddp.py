@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from loss import interpolants
 from memory.bank import MemoryBank
-from memory.files import atomic, sha256, write_json
+from memory.files import atomic, make_folder, read_json, sha256, write_json
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.sit import SiT
@@ -111,6 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--last-step {args.last_step}: expected a time between 0 and 1")
     if (args.guide is None) != (args.guidance_scale is None):
         parser.error("--guide and --guidance-scale need each other")
+    if args.guidance_channels is not None and not args.guide:
+        parser.error("--guidance-channels needs --guide")
     if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
         parser.error(f"--guidance-interval {args.guidance_interval}: expected 0 <= LO <= HI <= 1")
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
@@ -140,6 +142,9 @@ class Generator:
         self._check_snippets()
         self.interpolant = self.config["args"]["interpolant"]
         self.guide, self.guide_sha256 = self._load_guide()
+        channels = self.model.latent_shape[0]
+        if not 1 <= (args.guidance_channels or channels) <= channels:
+            raise ValueError(f"--guidance-channels {args.guidance_channels}: the latents have {channels} channels")
         self.codec, codec_meta = self._load_codec()
         self.image_shape = [self.config["image_size"], self.config["image_size"], 3]
         self.settings = self._settings(codec_meta)
@@ -336,7 +341,7 @@ class Output:
         """
         old, done = None, np.zeros(self.num_images, np.uint8)
         if self.json.exists():
-            old = json.loads(self.json.read_text())
+            old = read_json(self.json)
             self._check_same(old)
             marks = self._kept(old["num_images"]) if old["complete"] else np.fromfile(self.done, np.uint8)
             done[: len(marks)] = marks[: self.num_images]
@@ -349,7 +354,7 @@ class Output:
             self._tidy()
             return None
         self._check_disk(len(left))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", self.folder)
         for stale in self.folder.glob(".*.tmp.*"):  # of a killed process
             stale.unlink()
         if self.npz:

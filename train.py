@@ -40,7 +40,8 @@ from tqdm import tqdm
 from dataset import LatentDataset, StepSampler, read_meta, rows_of_step, stage
 from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.bank import MemoryBank
-from memory.files import atomic, free_space, sha256, write_json
+from memory.files import atomic, free_space, make_folder, read_json, sha256, write_json
+from memory.kmeans import refuse, undirected
 from models.autoencoder import check_codec, latents_from_moments, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.encoder import load_encoder
@@ -244,6 +245,10 @@ class Data:
             return LatentDataset(store, **options)
         features = LatentDataset(store, encoder=self.encoder, **options)
         if self.args.snippet_from == "own":
+            chunks = (
+                torch.from_numpy(np.array(features.features[i : i + 8192])) for i in range(0, len(features), 8192)
+            )
+            refuse(f"the {self.encoder} features of {store}", torch.cat([undirected(c.flatten(0, 1)) for c in chunks]))
             return features
         assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
         if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store
@@ -290,7 +295,7 @@ class Data:
         """What a checkpoint says of its data: names and hashes, not contents."""
         bank = None
         if self.bank:
-            path = self.bank.path
+            path = self.bank.path.resolve()
             bank = {"path": str(path), "sha256": sha256(path), "k": len(self.bank), "dim": self.bank.dim}
             bank["freq_sha256"] = sha256(path.with_suffix(".freq"))
             assignment = path.with_suffix(".assign")
@@ -442,7 +447,7 @@ class Trainer:
         if self.checkpoints:
             there = read_checkpoint(self.checkpoints[-1])
         elif config.exists() and log.exists():
-            there = json.loads(config.read_text())
+            there = read_json(config)
         else:
             return
         lines = [
@@ -458,7 +463,11 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, or start."""
+        make_folder("--out", self.out)
+        self.wandb = None
         if self.accelerator.is_main_process:
+            if self.args.wandb:
+                self.wandb = start_wandb(self.args, self.out)
             write_json(self.out / "config.json", {"args": vars(self.args), **self.facts})
             for stale in (self.out / "checkpoints").glob(".*.tmp.pt"):  # of a killed process
                 stale.unlink()
@@ -639,7 +648,6 @@ class Trainer:
         args, main = self.args, self.accelerator.is_main_process
         if main:
             self.rewind_log()
-        self.wandb = start_wandb(args, self.out) if args.wandb and main else None
         bar = tqdm(
             total=args.steps * args.batch_size, initial=self.step * args.batch_size, unit="img", disable=not main
         )
@@ -647,6 +655,7 @@ class Trainer:
         with StopSignal() as stop:
             for batch in self.batches():
                 self.train_step(batch)
+                bar.update(args.batch_size)
                 leaving, last = stop.agreed(), self.step == args.steps
                 if self.step % args.log_every == 0:
                     self.check_finite()  # waits for the device: the rate counts finished steps
@@ -655,7 +664,6 @@ class Trainer:
                     self.record({**line, "time": round(time.time(), 2)})
                     self.sums.zero_()
                     bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "grad_norm")}, refresh=False)
-                    bar.update(self.step * args.batch_size - bar.n)
                     began, since = time.perf_counter(), self.step
                 evaluate = self.data.holdout and self.step % args.eval_every == 0
                 sample = args.sample_every and (self.step % args.sample_every == 0 or last)

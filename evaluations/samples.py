@@ -4,10 +4,10 @@
 snippets is unknown.
 """
 
-import json
 from pathlib import Path
 
 from evaluations.images import open_images
+from memory.files import read_json
 
 FAMILIES = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "efficientnet", "mobilenet", "convnext", "resnet")
 
@@ -19,7 +19,7 @@ class Samples:
         self.images = open_images(path)
         self.path = self.images.path
         beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-        self.made = json.loads(beside.read_text()) if beside.is_file() else {}
+        self.made = read_json(beside) if beside.is_file() else {}
         self.settings = self.made.get("settings", {})
         found, intended = len(self.images), self.made.get("num_images", len(self.images))
         if found != intended or not self.made.get("complete", True):

@@ -5,7 +5,6 @@ GMem (arXiv 2412.08781) does, or a row drawn by frequency. That release's `bank.
 """
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memory.files import atomic, sha256, write_json
+from memory.files import atomic, read_json, sha256, write_json
 from memory.kmeans import assign, normalised, ordered_sum, refuse, undirected
 
 ROWS = 65536  # features brought to the bank's device at once
@@ -90,7 +89,7 @@ class MemoryBank:
             _read(path),
             _read(freq),
             _read(assignment) if assignment.is_file() else None,
-            json.loads(meta.read_text()) if meta.is_file() else None,
+            read_json(meta) if meta.is_file() else None,
             path,
         )
 

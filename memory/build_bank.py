@@ -9,7 +9,6 @@ settings and how much the bank remembers single images; it is written last and m
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
-from memory.files import atomic, sha256
+from memory.files import atomic, make_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, kmeans, normalised, refuse, undirected
 
 FORMAT = 1  # of bank.json
@@ -133,6 +132,7 @@ def settings_of(args: argparse.Namespace, store: LatentDataset) -> dict:
 def is_complete(out: Path, settings: dict) -> bool:
     """Whether `out` holds the bank of these settings, whole; ValueError if something else lies there."""
     meta = out / "bank.json"
+    make_folder("--out", out)
     if not meta.is_file():
         if (out / "bank.pth").exists():
             raise ValueError(
@@ -140,7 +140,7 @@ def is_complete(out: Path, settings: dict) -> bool:
                 "give another --out, or remove it"
             )
         return False
-    present = json.loads(meta.read_text())
+    present = read_json(meta)
     different = [name for name in settings if name != "store" and present.get(name) != settings[name]]
     if different:
         differences = "; ".join(f"{name} is {present.get(name)}, not {settings[name]}" for name in different)

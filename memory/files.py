@@ -48,6 +48,25 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file; ValueError, naming the file, if it holds none."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except ValueError as error:  # of the decoding of text or JSON
+        raise ValueError(f"{path} is no JSON file (cut short?): {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def make_folder(flag: str, path: str | os.PathLike) -> None:
+    """Make the folder that `flag` names, with its parents; ValueError if a file is in the way."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{flag} {path}: a file is in the way of this folder; choose another") from error
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -7,6 +7,7 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     source .venv/bin/activate
 fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait must not steal time on a busy machine
 python - <<'EOF'
 import sys
 if sys.version_info < (3, 11):

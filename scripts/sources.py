@@ -158,7 +158,10 @@ def described(path: Path, sizes: dict[str, int], labels_text: str | None) -> dic
 
 def listed_labels(path: Path, names: list[str], text: str) -> np.ndarray | None:
     """Labels (N,) of dataset.json, `{"labels": [[name, class], …]}`; None if it says null."""
-    pairs = json.loads(text).get("labels")
+    try:
+        pairs = json.loads(text)["labels"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{LABELS_FILE} of {path} is not JSON of the form {{"labels": …}}: {error!r}') from error
     if pairs is None:
         return None
     classes = dict(pairs)

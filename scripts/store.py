@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import LABELS, META, NAMES, PROGRESS, layout
-from memory.files import atomic, write_json
+from memory.files import atomic, read_json, write_json
 from scripts.sources import Source
 
 JOB, PART = "job.json", "rows-{}.json"
@@ -46,7 +46,7 @@ class Progress:
         progress, merged = cls(np.zeros(num_rows, bool)), folder / PART.format("merged")
         parts = list(folder.glob(PART.format("*")))
         for path in parts:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             for begin, end in content["done"]:
                 progress.done[begin:end] = True
             progress.broken |= {int(row): reason for row, reason in content["broken"].items()}
@@ -82,10 +82,10 @@ class Job:
         Raises ValueError, showing the differences, if the folder belongs to another command.
         """
         if (self.path / PROGRESS / JOB).is_file():
-            self.compare(json.loads((self.path / PROGRESS / JOB).read_text()))
+            self.compare(read_json(self.path / PROGRESS / JOB))
             return Progress.merged(self.path / PROGRESS, len(self.rows))
         if not self.extends and (self.path / META).is_file():
-            present = json.loads((self.path / META).read_text())
+            present = read_json(self.path / META)
             for key in ("encoders", "patches"):  # there may be more of them by now
                 present[key] = {name: value for name, value in present[key].items() if name in self.meta[key]}
             self.compare(present)

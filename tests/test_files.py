@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memory.files import atomic, sha256, write_json
+from memory.files import atomic, free_space, make_folder, read_json, sha256, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -56,3 +56,19 @@ def test_a_full_disk_is_named_and_truncates_nothing(small_disk, save):
         fill()
     assert path.read_bytes() == before
     assert list(small_disk.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\\xff"])
+def test_a_broken_json_file_is_named(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta.json"):
+        read_json(tmp_path / "meta.json")
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    for path in (tmp_path / "run", tmp_path / "run" / "deeper"):
+        with pytest.raises(ValueError, match=r"--out .*run.*: a file is in the way"):
+            make_folder("--out", path)
+    make_folder("--out", tmp_path / "a" / "b")
+    assert free_space(tmp_path / "not" / "yet") == free_space(tmp_path) > 0

@@ -420,3 +420,20 @@ def test_stores_that_lack_what_the_run_needs(folder):
     write_json(bare / "meta.json", meta | {"encoders": {"toy": {"name": "toy", "dim": DIM + 1}}})
     with pytest.raises(ValueError, match=f"dimension {DIM}, the toy features of .* have {DIM + 1}"):
         train.main(words)
+
+
+def test_an_own_feature_that_is_not_finite_is_named(folder):
+    store = write_store(folder / "nan", seed=4)
+    features = np.load(store / "features" / "toy.npy")
+    features[7, 1, 3] = np.nan
+    np.save(store / "features" / "toy.npy", features)
+    words = command(folder, folder / "never", "--store", store, "--snippet-from", "own")
+    with pytest.raises(ValueError, match=r"the toy features of .*nan.*rows 15"):  # row 7, view 1 of 2
+        train.main(words)
+
+
+def test_wandb_offline_writes_below_the_run(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main(command(folder, folder / "wandb", "--steps", 2, "--wandb", "project"))
+    assert list((folder / "wandb" / "wandb").glob("offline-run-*"))

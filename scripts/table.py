@@ -1,0 +1,41 @@
+"""Results of the evaluator as one table.
+
+    python -m scripts.table metrics/*.json
+
+A row for each file, named after the samples; a column for each metric that any of them has.
+"""
+
+import argparse
+from pathlib import Path
+
+from memory.files import read_json
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Print the evaluator's JSON files as one table.")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of evaluations.evaluator")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    rows = []
+    for path in parse(argv).results:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: evaluations.evaluator writes such files (--out)")
+        result = read_json(path)
+        if "metrics" not in result:
+            raise ValueError(f"{path} is no result of evaluations.evaluator: it has no metrics")
+        rows.append({"samples": path.stem, "N": f"{result['num_samples']:,}"})
+        rows[-1] |= {name: f"{value:.4g}" for name, value in result["metrics"].items()}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
+    lines = [
+        [name.ljust(width) for name, width in zip(columns, widths, strict=True)],
+        ["-" * width for width in widths],
+    ]
+    lines += [[row.get(name, "").ljust(width) for name, width in zip(columns, widths, strict=True)] for row in rows]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
