@@ -204,15 +204,16 @@ def test_the_figures_by_hand():
 def test_the_sheets_show_each_sample_beside_its_neighbour(audit, clothes, store, tmp_path):
     audit(clothes[:5])
     images, out = np.load(store / "images.npy"), tmp_path / "out"
-    sheet = np.asarray(Image.open(out / "neighbours.png"))
     pairs = json.loads((out / "copies.json").read_text())["spaces"]["latent"]["suspicious"]
-    row = {pair["sample"]: (pair["training_row"], pair["view"]) for pair in pairs}
-    for i in range(5):
-        pair = sheet[4:60, 4 + 116 * i : 116 * (i + 1)][::2, ::2, 0]  # zoom 2, frames of 4
-        number, view = row[i]
-        np.testing.assert_array_equal(pair[:, :28], clothes[i])
-        np.testing.assert_array_equal(pair[:, 28:], images[number, 0][:, :: -1 if view == "mirrored" else 1])
-    assert (out / "suspicious-latent.png").exists()
+    assert [pair["distance"] for pair in pairs] == sorted(pair["distance"] for pair in pairs)
+    first = sorted(pairs, key=lambda pair: pair["sample"])
+    assert first != pairs
+    for name, order in (("neighbours", first), ("suspicious-latent", pairs)):
+        sheet = np.asarray(Image.open(out / f"{name}.png"))
+        for place, pair in enumerate(order):
+            shown = sheet[4:60, 4 + 116 * place : 116 * (place + 1)][::2, ::2, 0]  # zoom 2, frames of 4
+            neighbour = images[pair["training_row"], 0][:, :: -1 if pair["view"] == "mirrored" else 1]
+            np.testing.assert_array_equal(shown, np.hstack([clothes[pair["sample"]], neighbour]))
     assert (out / "distances.png").exists()
 
 
