@@ -245,10 +245,10 @@ class Data:
             return LatentDataset(store, **options)
         features = LatentDataset(store, encoder=self.encoder, **options)
         if self.args.snippet_from == "own":
-            chunks = (
-                torch.from_numpy(np.array(features.features[i : i + 8192])) for i in range(0, len(features), 8192)
-            )
-            refuse(f"the {self.encoder} features of {store}", torch.cat([undirected(c.flatten(0, 1)) for c in chunks]))
+            parts = range(0, len(features), 8192)
+            chunks = (torch.from_numpy(np.array(features.features[start : start + 8192])) for start in parts)
+            bad = torch.cat([undirected(some.flatten(0, 1)).view(some.shape[:2]).any(1) for some in chunks])  # (N,)
+            refuse(f"the {self.encoder} features of {store}", bad)
             return features
         assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
         if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store

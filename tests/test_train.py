@@ -428,7 +428,7 @@ def test_an_own_feature_that_is_not_finite_is_named(folder):
     features[7, 1, 3] = np.nan
     np.save(store / "features" / "toy.npy", features)
     words = command(folder, folder / "never", "--store", store, "--snippet-from", "own")
-    with pytest.raises(ValueError, match=r"the toy features of .*nan.*rows 15"):  # row 7, view 1 of 2
+    with pytest.raises(ValueError, match=r"the toy features of .*nan.*rows 7"):
         train.main(words)
 
 
