@@ -1,4 +1,4 @@
-"""Shared set-up of the tests: import from the repository root, one thread, and no GPU tests where there is no GPU."""
+"""Shared set-up of the tests: import from the repository root, one thread, and a GPU only for the tests marked so."""
 
 import os
 import sys
@@ -13,14 +13,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start; tensors here are small
 torch.set_num_threads(1)
 
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+has_gpu = torch.cuda.is_available
+
 
 def pytest_collection_modifyitems(config, items):
     """Deselect (rather than skip) the GPU tests on a machine without a GPU, so that a green run has no holes in it."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return
     gpu = [item for item in items if "gpu" in item.keywords]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Hide the GPUs from all other tests and the commands they start: these promise results bit for bit on a CPU."""
+    on_gpu = "gpu" in item.keywords
+    torch.cuda.is_available = has_gpu if on_gpu else lambda: False
+    if on_gpu and GPUS is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = GPUS if on_gpu else ""
 
 
 @pytest.fixture(scope="session")

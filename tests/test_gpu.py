@@ -1,0 +1,58 @@
+"""On a GPU: a network trains in bf16 with compiled blocks, continues, and samples what the CPU samples."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_train import command, final, folder, log  # noqa: F401  (folder is a fixture)
+
+import sample_ddp
+import train
+
+pytestmark = pytest.mark.gpu
+
+
+def test_training_continues_and_follows_the_cpu(folder, monkeypatch):  # noqa: F811
+    plain = ("--model-options", "snippet_dropout=0", "--precision", "fp32")
+    train.main(command(folder, folder / "gpu", "--steps", 3, *plain))
+    train.main(command(folder, folder / "gpu", "--steps", 6, *plain))
+    train.main(command(folder, folder / "gpu-whole", "--steps", 6, *plain))
+    for a, b in zip(log(folder / "gpu"), log(folder / "gpu-whole"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    assert final(folder / "gpu")["steps"] == 6
+
+
+def test_bf16_stays_close_to_float32(folder):  # noqa: F811
+    for precision in ("bf16", "fp32"):
+        words = ("--steps", 6, "--model-options", "snippet_dropout=0", "--precision", precision)
+        train.main(command(folder, folder / precision, *words))
+    one, two = log(folder / "bf16"), log(folder / "fp32")
+    losses = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
+    assert len(losses) == 3
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in losses)
+
+
+def test_the_cpu_samples_the_same_images(folder, monkeypatch):  # noqa: F811
+    from test_train import write_bank, write_store
+
+    store = write_store(folder / "gpu-pixels", pixels=True)
+    bank = write_bank(folder / "gpu-pixel-bank", store)
+    train.main(command(folder, folder / "gpu-run", "--steps", 6, "--store", store, "--bank", bank))
+    words = ["--checkpoint", folder / "gpu-run", "--num-images", 8, "--steps", 10, "--precision", "fp32"]
+    sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-gpu")])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        from accelerate import PartialState
+
+        PartialState._reset_state()
+        sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-cpu")])
+        PartialState._reset_state()
+    one, two = (np.load(folder / name / "samples.npz")["arr_0"].astype(int) for name in ("on-gpu", "on-cpu"))
+    assert np.abs(one - two).max() <= 2
+    devices = [
+        json.loads((folder / name / "samples.json").read_text())["run"]["device"] for name in ("on-gpu", "on-cpu")
+    ]
+    assert devices[0] != devices[1]
