@@ -7,10 +7,9 @@ images, and cost. What a network of the snippets' family says stays out of the t
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from memory.files import atomic
+from memory.files import atomic, read_json
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,10 +26,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the page and print it."""
     args = parse(argv)
-    controls, copies = (json.loads(path.read_text()) for path in (args.controls, args.copies))
+    controls, copies = (read_json(path) for path in (args.controls, args.copies))
     if controls["samples"]["made"] != copies["samples"]["made"]:
         raise ValueError(f"{args.controls} and {args.copies} are about different samples; run both for the same ones")
-    bank = json.loads((args.bank / "bank.json").read_text())
+    bank = read_json(args.bank / "bank.json")
     page = "\n\n".join(
         [
             f"# {controls['samples']['path']}",

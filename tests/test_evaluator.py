@@ -19,7 +19,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluations import evaluator, features, inception, reference, samples
-from evaluations.images import open_images
+from evaluations.images import ChosenImages, open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
 from evaluations.metrics import frechet_distance, precision_recall
 
@@ -484,6 +484,16 @@ def test_npz_is_streamed_however_it_was_written(save, order, tmp_path):
     save(tmp_path / "x.npz", first=np.zeros(1000), arr_0=np.asarray(images, order=order), arr_1=np.arange(11))
     np.testing.assert_array_equal(all_images(tmp_path / "x.npz"), images)
     assert len(open_images(tmp_path / "x.npz")) == 11
+
+
+def test_any_rows_of_a_store_in_any_order(tmp_path):
+    images = pictures(9)
+    np.save(tmp_path / "images.npy", images.transpose(0, 3, 1, 2))
+    (tmp_path / "meta.json").write_text('{"complete": true}')
+    chosen = ChosenImages(tmp_path, [5, 2, 2, 8, 0])
+    assert len(chosen) == 5
+    read = torch.cat(list(chosen.batches(range(1, 5), 3))).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(read, images[[2, 2, 8, 0]])
 
 
 def npy(descr, shape, content=b"", fortran=False):
