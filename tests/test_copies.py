@@ -2,15 +2,16 @@
 
 import gzip
 import json
+import multiprocessing
 import os
+import socket
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from evaluations import card, controls, copies
@@ -250,12 +251,29 @@ def test_an_unknown_snippet_encoder_is_said(audit, clothes):
     assert "held-out images: the threshold is uncertain below 1,000" in text
 
 
-def test_two_processes_find_what_one_finds(audit, both, clothes, store, root, tmp_path):
+def run_rank(rank, port, command):
+    """One of two processes, forked with everything imported, and so without a GPU."""
+    torch.cuda.is_available = lambda: False
+    PartialState._reset_state()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    copies.main(command)
+
+
+def test_two_processes_find_what_one_finds(audit, both, clothes, store, tmp_path):
     _, alone = audit(clothes[:21], *both)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "evaluations.copies", "--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*launcher, *command, *both, "--batch-size=4"], cwd=root, check=True, timeout=120, env=environment)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = ["--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "two"]
+    command = [*map(str, places), *both, "--batch-size=4"]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, port, command), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     two = json.loads((tmp_path / "two" / "copies.json").read_text())
     assert two["spaces"]["latent"] == alone["spaces"]["latent"]
     one = alone["spaces"][ENCODER]
