@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from loss import interpolants
 from memory.bank import MemoryBank
-from memory.files import atomic, make_folder, read_json, sha256, write_json
+from memory.files import atomic, check_folder, read_json, sha256, write_json
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.sit import SiT
@@ -339,6 +339,7 @@ class Output:
         Raises:
             ValueError: it holds other images, or more of them, or the disk is too small.
         """
+        check_folder("--out", self.folder)
         old, done = None, np.zeros(self.num_images, np.uint8)
         if self.json.exists():
             old = read_json(self.json)
@@ -354,7 +355,7 @@ class Output:
             self._tidy()
             return None
         self._check_disk(len(left))
-        make_folder("--out", self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".*.tmp.*"):  # of a killed process
             stale.unlink()
         if self.npz:

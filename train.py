@@ -40,7 +40,7 @@ from tqdm import tqdm
 from dataset import LatentDataset, StepSampler, read_meta, rows_of_step, stage
 from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.bank import MemoryBank
-from memory.files import atomic, free_space, make_folder, read_json, sha256, write_json
+from memory.files import atomic, check_folder, free_space, read_json, sha256, write_json
 from memory.kmeans import refuse, undirected
 from models.autoencoder import check_codec, latents_from_moments, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
@@ -428,6 +428,7 @@ class Trainer:
             ValueError: the run's folder holds a run with other settings (the message lists them); the codec of the
                 grids is not to be had, or is another than the store's; or too little disk is free.
         """
+        check_folder("--out", self.out)
         self._check_same_run()
         if self.args.sample_every and self.accelerator.is_main_process:
             name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
@@ -463,9 +464,9 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, or start."""
-        make_folder("--out", self.out)
         self.wandb = None
         if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
             if self.args.wandb:
                 self.wandb = start_wandb(self.args, self.out)
             write_json(self.out / "config.json", {"args": vars(self.args), **self.facts})

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
-from memory.files import atomic, make_folder, read_json, sha256
+from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, kmeans, normalised, refuse, undirected
 
 FORMAT = 1  # of bank.json
@@ -132,7 +132,7 @@ def settings_of(args: argparse.Namespace, store: LatentDataset) -> dict:
 def is_complete(out: Path, settings: dict) -> bool:
     """Whether `out` holds the bank of these settings, whole; ValueError if something else lies there."""
     meta = out / "bank.json"
-    make_folder("--out", out)
+    check_folder("--out", out)
     if not meta.is_file():
         if (out / "bank.pth").exists():
             raise ValueError(

@@ -59,12 +59,12 @@ def read_json(path: str | os.PathLike) -> dict:
     return value
 
 
-def make_folder(flag: str, path: str | os.PathLike) -> None:
-    """Make the folder that `flag` names, with its parents; ValueError if a file is in the way."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{flag} {path}: a file is in the way of this folder; choose another") from error
+def check_folder(flag: str, path: str | os.PathLike) -> None:
+    """Raise ValueError if the folder that `flag` names cannot be, because a file is in the way."""
+    path = Path(path).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{flag} {path}: the file {existing} is in the way of this folder; choose another")
 
 
 def sha256(path: str | os.PathLike) -> str:

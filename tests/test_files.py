@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memory.files import atomic, free_space, make_folder, read_json, sha256, write_json
+from memory.files import atomic, check_folder, free_space, read_json, sha256, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -38,7 +38,7 @@ def small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield mount
-    subprocess.run(["umount", mount], check=True)
+    subprocess.run(["umount", "--lazy", mount], check=True)
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, path: np.save(path, x.numpy())], ids=["torch", "numpy"])
@@ -68,7 +68,11 @@ def test_a_broken_json_file_is_named(tmp_path, content):
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     for path in (tmp_path / "run", tmp_path / "run" / "deeper"):
-        with pytest.raises(ValueError, match=r"--out .*run.*: a file is in the way"):
-            make_folder("--out", path)
-    make_folder("--out", tmp_path / "a" / "b")
-    assert free_space(tmp_path / "not" / "yet") == free_space(tmp_path) > 0
+        with pytest.raises(ValueError, match=r"--out .*: the file .*/run is in the way"):
+            check_folder("--out", path)
+    check_folder("--out", tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_free_space_of_a_folder_that_is_not_there_yet(small_disk):
+    assert 0 < free_space(small_disk / "not" / "yet") == free_space(small_disk) <= 1 << 20

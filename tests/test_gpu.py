@@ -5,12 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_train import command, final, folder, log  # noqa: F401  (folder is a fixture)
+from accelerate.state import AcceleratorState
+from test_train import command, final, folder, log, write_bank, write_store  # noqa: F401  (folder is a fixture)
 
 import sample_ddp
 import train
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one precision and one device a process; every test here chooses its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_training_continues_and_follows_the_cpu(folder, monkeypatch):  # noqa: F811
@@ -27,6 +36,7 @@ def test_training_continues_and_follows_the_cpu(folder, monkeypatch):  # noqa: F
 
 def test_bf16_stays_close_to_float32(folder):  # noqa: F811
     for precision in ("bf16", "fp32"):
+        AcceleratorState._reset_state(reset_partial_state=True)
         words = ("--steps", 6, "--model-options", "snippet_dropout=0", "--precision", precision)
         train.main(command(folder, folder / precision, *words))
     one, two = log(folder / "bf16"), log(folder / "fp32")
@@ -36,20 +46,14 @@ def test_bf16_stays_close_to_float32(folder):  # noqa: F811
 
 
 def test_the_cpu_samples_the_same_images(folder, monkeypatch):  # noqa: F811
-    from test_train import write_bank, write_store
-
     store = write_store(folder / "gpu-pixels", pixels=True)
     bank = write_bank(folder / "gpu-pixel-bank", store)
     train.main(command(folder, folder / "gpu-run", "--steps", 6, "--store", store, "--bank", bank))
     words = ["--checkpoint", folder / "gpu-run", "--num-images", 8, "--steps", 10, "--precision", "fp32"]
     sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-gpu")])
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        from accelerate import PartialState
-
-        PartialState._reset_state()
-        sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-cpu")])
-        PartialState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-cpu")])
     one, two = (np.load(folder / name / "samples.npz")["arr_0"].astype(int) for name in ("on-gpu", "on-cpu"))
     assert np.abs(one - two).max() <= 2
     devices = [
