@@ -180,11 +180,16 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
             raise ValueError(
                 f"bank {named['path']}, which the checkpoint names, is not there: pass its place as --bank"
             )
-        if named["sha256"] and sha256(named["path"]) != named["sha256"]:
-            raise ValueError(
-                f"bank {named['path']} is not the one of training (its SHA-256 differs from {named['sha256'][:12]}…): "
-                "restore it, or pass it as --bank to use it all the same"
-            )
+        files = {
+            Path(named["path"]): named["sha256"],
+            Path(named["path"]).with_suffix(".freq"): named.get("freq_sha256"),
+        }
+        for file, expected in files.items():
+            if expected and file.exists() and sha256(file) != expected:
+                raise ValueError(
+                    f"bank {file} is not the one of training (its SHA-256 differs from {expected[:12]}…): "
+                    "restore it, or pass it as --bank to use it all the same"
+                )
         return MemoryBank.load(named["path"])
     loaded = MemoryBank.load(bank)
     if loaded.dim != snippet_dim:

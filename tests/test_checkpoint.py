@@ -73,6 +73,10 @@ def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
     with pytest.raises(ValueError, match="is not the one of training"):
         load_model(path)
     assert load_model(path, bank=bank)[2].freq.tolist() == [1] * 5
+    hashes = {"sha256": sha256(bank), "freq_sha256": "0" * 64}
+    change(path, checkpoint, bank={**checkpoint["bank"], **hashes})
+    with pytest.raises(ValueError, match=r"bank.freq is not the one of training"):
+        load_model(path)
     assert load_model(path, bank=False)[2] is None
     other = tmp_path / "other.pth"
     MemoryBank(torch.randn(5, 13), [1] * 5).save(other)
