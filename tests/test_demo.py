@@ -1,0 +1,30 @@
+"""The demo's path at tiny size, by the script itself."""
+
+import json
+import os
+import subprocess
+
+from PIL import Image
+
+from scripts import make_assets
+
+
+def test_demo(root, tmp_path):
+    words = ["--source", str(root / "assets" / "fashion-mnist"), "--out", str(tmp_path / "images")]
+    make_assets.main(["images", *words, "--train", "200", "--test", "1"])
+    small = {"SOURCE": str(tmp_path / "images"), "STEPS": "4", "K": "8", "IMAGES": "8"}
+    out = tmp_path / "demo"
+    subprocess.run(["bash", "scripts/demo.sh", out], check=True, cwd=root, env={**os.environ, **small}, timeout=300)
+
+    table = {path.stem: json.loads(path.read_text()) for path in (out / "metrics").glob("*.json")}
+    assert table.keys() == {"held-out", "sde", "euler"}
+    assert all(result["num_samples"] == 8 for result in table.values())
+    assert (
+        table["held-out"]["metrics"]["FD-efficientnet-lite0@96"] < table["sde"]["metrics"]["FD-efficientnet-lite0@96"]
+    )
+    assert table["sde"]["same_family_as_snippets"]
+    assert Image.open(out / "neighbours.png").size == (
+        8 * (2 * 2 * 32 + 4) + 4,
+        2 * 32 + 8,
+    )  # 8 pairs, zoom 2, frames 4
+    assert len(list((out / "samples" / "4-steps" / "euler").glob("0*.png"))) == 8

@@ -1,0 +1,74 @@
+"""What the README prints is true: its commands parse, its example runs, its files exist."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+
+from memory.bank import MemoryBank
+
+COMMANDS = {"train.py": "train", "sample_ddp.py": "sample_ddp"}
+
+
+def blocks(root, language):
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", (root / "README.md").read_text(), re.S | re.M)
+    return [block for kind, block in fences if kind == language]
+
+
+def commands(root):
+    """(module, words) of every command line of ours in the bash blocks, continuation lines joined."""
+    for block in blocks(root, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for place, word in enumerate(words):
+                if word in COMMANDS:
+                    yield COMMANDS[word], words[place + 1 :]
+                elif word == "-m" and words[place + 1].split(".")[0] in (
+                    "scripts",
+                    "memory",
+                    "evaluations",
+                    "benchmarks",
+                ):
+                    yield words[place + 1], words[place + 2 :]
+
+
+def test_every_command_parses(root):
+    found = list(commands(root))
+    assert {module for module, _ in found} >= {
+        "scripts.encode_dataset",
+        "memory.build_bank",
+        "train",
+        "sample_ddp",
+        "evaluations.evaluator",
+    }
+    for module, words in found:
+        importlib.import_module(module).parse(words)
+
+
+def test_every_script_and_file_exists(root):
+    text = (root / "README.md").read_text()
+    for script in re.findall(r"bash (scripts/[\w-]+\.sh)", text):
+        assert (root / script).is_file(), script
+    (tree,) = [block for block in blocks(root, "") if block.startswith("train.py")]
+    for line in tree.splitlines():
+        assert (root / line.split()[0]).exists(), line
+
+
+def test_the_memory_example_runs(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    MemoryBank(torch.randn(20, 6), list(range(20)), meta={"encoder": "toy"}).save("demo/banks/fashion/bank.pth")
+    (example,) = blocks(root, "python")
+    exec(example, {})
+    mixed = MemoryBank.load("demo/banks/mixed")
+    assert len(mixed) == 20
+    assert mixed.freq.max() == 10
+    assert mixed.meta["encoder"] == "toy"
+    before = MemoryBank.load("demo/banks/fashion")
+    torch.testing.assert_close(mixed[3], torch.nn.functional.normalize(before[3] + before[2], dim=0))
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
+def test_the_two_commands_are_printed(root, script):
+    assert f"bash scripts/{script}" in blocks(root, "bash")[0]
