@@ -437,3 +437,32 @@ def test_wandb_offline_writes_below_the_run(folder, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train.main(command(folder, folder / "wandb", "--steps", 2, "--wandb", "project"))
     assert list((folder / "wandb" / "wandb").glob("offline-run-*"))
+
+
+def test_every_micro_batch_has_its_own_dropout(folder, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    train.main(command(folder, folder / "seeds", "--steps", 3, "--micro-batch", 2))
+    assert len(seeds) == len(set(seeds)) == 1 + 3 * 4  # the weights, then 3 steps of 4 micro-batches
+
+
+def test_the_held_out_loss_covers_ten_bins_of_time(folder, monkeypatch):
+    """Every held-out image keeps its bin, the bins fill evenly, and noise and times are those of the last evaluation."""
+    seen, loss = [], train.FlowMatchingLoss.__call__
+
+    def watch(self, model, latents, cond, draws, *patches):
+        if not torch.is_grad_enabled():
+            seen.append(draws)
+        return loss(self, model, latents, cond, draws, *patches)
+
+    monkeypatch.setattr(train.FlowMatchingLoss, "__call__", watch)
+    train.main(command(folder, folder / "bins", "--steps", 4))
+    times = torch.cat([draws.time for draws in seen])
+    assert times.shape == (2 * 24,)
+    assert torch.equal((times * 10).long(), torch.arange(24).repeat(2) % 10)
+    assert torch.equal(times[:24], times[24:])
+    for line in log(folder / "bins"):
+        if "holdout_loss" in line:
+            counts = torch.bincount(torch.arange(24) % 10)
+            mean = (torch.tensor(line["holdout_loss_by_time"]) * counts).sum() / 24
+            assert mean.item() == pytest.approx(line["holdout_loss"], rel=1e-5)
