@@ -447,7 +447,7 @@ def test_every_micro_batch_has_its_own_dropout(folder, monkeypatch):
 
 
 def test_the_held_out_loss_covers_ten_bins_of_time(folder, monkeypatch):
-    """Every held-out image keeps its bin, the bins fill evenly, and noise and times are those of the last evaluation."""
+    """Every held-out image keeps its bin and its draws from one evaluation to the next, and the bins fill evenly."""
     seen, loss = [], train.FlowMatchingLoss.__call__
 
     def watch(self, model, latents, cond, draws, *patches):
