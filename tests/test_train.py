@@ -159,17 +159,20 @@ def test_accumulation_sees_the_same_data_and_noise(folder, whole):
     assert one != log(whole), "dropout must matter"
 
 
-def test_two_processes_train_like_one(folder):
-    plain = ("--model-options", "snippet_dropout=0", "--steps", 6)
-    train.main(command(folder, folder / "alone", *plain))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = command(folder, folder / "pair", *plain)
-    subprocess.run([*launch, "train.py", *words], check=True, env=environment, cwd=ROOT)
-    for a, b in zip(log(folder / "alone"), log(folder / "pair"), strict=True):
+@pytest.mark.parametrize("alone", [0, 3])
+def test_two_processes_train_like_one(folder, alone):
+    """From the start, and in continuing what one process began."""
+    plain = ("--model-options", "snippet_dropout=0")
+    one, two = folder / f"one-process-{alone}", folder / f"two-processes-{alone}"
+    train.main(command(folder, one, *plain, "--steps", 6))
+    if alone:
+        train.main(command(folder, two, *plain, "--steps", alone))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "train.py", *command(folder, two, *plain, "--steps", 6)], check=True, cwd=ROOT)
+    for a, b in zip(log(one), log(two), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "holdout_loss"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-4)
-    one, two = final(folder / "alone")["ema"], final(folder / "pair")["ema"]
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    one, two = final(one)["ema"], final(two)["ema"]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
