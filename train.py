@@ -730,7 +730,7 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     local = args.batch_size // processes
     micro = args.micro_batch or local
     parts = local // micro
-    activations = 36 * depth * tokens * width * micro  # bytes; 36 as measured for XL in bf16
+    activations = 36 * depth * tokens * width * micro  # bytes; 36 is a rough figure for XL in bf16
     images = args.steps * args.batch_size
     if "store" in facts:
         images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"

@@ -16,7 +16,7 @@ from torch import Tensor
 from memory.files import sha256
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
-DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256): about 20 GB in float32
+DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # the two files of diffusers' folder format
 
 

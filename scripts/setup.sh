@@ -18,11 +18,11 @@ install() { # pip leaves alone what is there already, without asking the network
     if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'; then
         echo "Installing into $(python -c 'import sys; print(sys.prefix)')"
         if [ -n "${TORCH_INDEX_URL:-}" ]; then
-            echo "  PyTorch from $TORCH_INDEX_URL (the CPU build and everything else: well under 1 GB to download)"
+            echo "  PyTorch from $TORCH_INDEX_URL (the CPU build and everything else: a fraction of the 3.2 GB of the CUDA build)"
             python -m pip install --quiet --index-url "$TORCH_INDEX_URL" "torch>=2.11" "torchvision>=0.26"
         else
             echo "  about 3.2 GB to download on Linux, most of it PyTorch's CUDA build; with"
-            echo "  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu, for a machine without a GPU, well under 1 GB"
+            echo "  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu, for a machine without a GPU, a fraction of it"
         fi
     fi
     python -m pip install --quiet "$@"
