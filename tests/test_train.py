@@ -469,3 +469,11 @@ def test_the_held_out_loss_covers_ten_bins_of_time(folder, monkeypatch):
             counts = torch.bincount(torch.arange(24) % 10)
             mean = (torch.tensor(line["holdout_loss_by_time"]) * counts).sum() / 24
             assert mean.item() == pytest.approx(line["holdout_loss"], rel=1e-5)
+
+
+def test_a_checkpoint_says_how_it_was_made_without_the_config_file(folder, whole):
+    out = folder / "no-config"
+    shutil.copytree(whole, out)
+    (out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"lr: the run has 0.001, this command 0.5"):
+        train.main(command(folder, out, "--steps", 8, "--lr", 0.5))
