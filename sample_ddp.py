@@ -19,9 +19,7 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 import warnings
 import zipfile
@@ -41,6 +39,7 @@ from tqdm import tqdm
 from loss import interpolants
 from memory.bank import MemoryBank
 from memory.files import atomic, check_folder, read_json, sha256, write_json
+from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.sit import SiT
@@ -490,12 +489,8 @@ def main(argv: list[str] | None = None) -> None:
         generate(generator, output, left, args.batch_size, state.process_index, state.num_processes)
         rate = len(left) / (time.perf_counter() - start)
         if state.is_main_process:
-            run = {"command": [sys.argv[0], *(sys.argv[1:] if argv is None else argv)], **generator.sources}
-            run["device"] = torch.cuda.get_device_name() if state.device.type == "cuda" else platform.machine()
-            run |= {"processes": state.num_processes, "batch_size": args.batch_size}
-            run |= {"generated": len(left), "images_per_second": rate}
-            run["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-            output.finish(run)
+            run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": args.batch_size}
+            output.finish(run | {"generated": len(left), "images_per_second": rate})
             print(f"{args.num_images} images in {args.out}; {len(left)} of them now, {rate:.2f} images/s")
     state.destroy_process_group()
 
