@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy")
+LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy", "pillow", "torch-fidelity")
 
 
 def provenance(argv: list[str] | None = None, processes: int = 1) -> dict:

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import FORMAT, LABELS, NAMES, PROGRESS, layout, read_meta
+from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
 from scripts.images import UNREADABLE, square
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         encode_job(job, done, source, codec, encoder, args, state)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish([job for job, _ in jobs], source, args.skip_broken)
+        finish([job for job, _ in jobs], source, args.skip_broken, provenance(argv, state.num_processes))
     state.destroy_process_group()
 
 
@@ -265,7 +266,8 @@ def encode_job(
     cuda = state.device.type == "cuda"
     loader = DataLoader(Blocks(source, job, blocks), batch_size=None, num_workers=args.workers, pin_memory=cuda)
     progress, note = Progress(np.zeros_like(done)), job.path / PROGRESS / PART.format(rank)
-    writer, saved = Writer(job), time.monotonic()
+    writer, begun = Writer(job), time.monotonic()
+    saved = begun
     total, label = sum(end - begin for begin, end in blocks), f"{job.path.name}, process {rank + 1} of {world}"
     with tqdm(total=total, unit="img", desc=label, disable=not state.is_main_process) as bar:
         for begin, images, broken in loader:
@@ -280,9 +282,11 @@ def encode_job(
             bar.update(len(images))
             if time.monotonic() - saved > SAVE_SECONDS:
                 writer.flush()
-                progress.save(note)
                 saved = time.monotonic()
+                progress.seconds = saved - begun
+                progress.save(note)
     writer.close()
+    progress.seconds = time.monotonic() - begun
     progress.save(note)
 
 
@@ -322,7 +326,7 @@ def listed(items: list[str]) -> str:
     return ", ".join(items[:10]) + (f" and {len(items) - 10:,} more" if len(items) > 10 else "")
 
 
-def finish(jobs: list[Job], source: Source, skip_broken: bool) -> None:
+def finish(jobs: list[Job], source: Source, skip_broken: bool, made: dict) -> None:
     """Complete the stores, or raise ValueError naming the images that could not be read."""
     progress = [Progress.merged(job.path / PROGRESS, len(job.rows)) for job in jobs]
     broken = [
@@ -339,7 +343,7 @@ def finish(jobs: list[Job], source: Source, skip_broken: bool) -> None:
     for job, part in zip(jobs, progress, strict=True):
         if len(part.broken) == len(job.rows):
             raise ValueError(f"no image for {job.path} can be read: {listed(broken)}")
-        job.finish(part, source)
+        job.finish(part, source, made)
         print(f"{job.path}: {len(job.rows) - len(part.broken):,} images, complete")
 
 

@@ -25,20 +25,22 @@ from scripts.sources import Source
 
 JOB, PART = "job.json", "rows-{}.json"
 # What a plan cannot know, or what may differ without a consequence.
-NOT_PLANNED = ("source", "num_images", "skipped", "fingerprint", "finite", "complete")
+NOT_PLANNED = ("source", "num_images", "skipped", "fingerprint", "finite", "complete", "runs")
 
 
 @dataclass
 class Progress:
-    """The rows that are written, as (N,) bool, and those of them whose image could not be read, with the reason."""
+    """The rows that are written, as (N,) bool, those of them whose image could not be read, with the reason, and the
+    seconds that it took, summed over processes."""
 
     done: np.ndarray
     broken: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write as JSON: half-open intervals of rows, and the broken ones."""
         edges = np.flatnonzero(np.diff(self.done, prepend=False, append=False))
-        write_json(path, {"done": edges.reshape(-1, 2).tolist(), "broken": self.broken})
+        write_json(path, {"done": edges.reshape(-1, 2).tolist(), "broken": self.broken, "seconds": self.seconds})
 
     @classmethod
     def merged(cls, folder: Path, num_rows: int) -> "Progress":
@@ -50,6 +52,7 @@ class Progress:
             for begin, end in content["done"]:
                 progress.done[begin:end] = True
             progress.broken |= {int(row): reason for row, reason in content["broken"].items()}
+            progress.seconds += content.get("seconds", 0.0)  # not noted by earlier versions
         progress.save(merged)
         for path in parts:
             if path != merged:
@@ -116,14 +119,15 @@ class Job:
                 reserve_array(self.path / file, *arrays[file])
         write_json(self.path / PROGRESS / JOB, self.meta)
 
-    def finish(self, progress: Progress, source: Source) -> None:
-        """Leave out the broken rows, write names, labels and, last of all, meta.json, which the job becomes; remove the
-        progress."""
+    def finish(self, progress: Progress, source: Source, made: dict) -> None:
+        """Leave out the broken rows, write names, labels and, last of all, meta.json, which the job becomes, with where
+        the last run was `made`; remove the progress."""
         assert progress.done.all()
         order = leave_out(len(self.rows), progress.broken)
         for file in self.files:
             shorten(self.path / file, order)
-        meta = self.meta
+        run = {**made, "files": self.files, "process_seconds": round(progress.seconds, 3)}
+        meta = self.meta | {"runs": [*self.meta.get("runs", []), run]}
         if not self.extends:
             rows = self.rows[order]
             names = [source.names[row] for row in rows]

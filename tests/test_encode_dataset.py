@@ -68,10 +68,10 @@ def run(source, out, *flags, codec="pixels", size=SIZE):
 
 
 def content(path, but=()):
-    """Everything in a store by relative name, and meta.json by its keys, without what is named."""
+    """All in a store by relative name, and meta.json by its keys, without what is named and where it was made."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     files |= json.loads(files.pop("meta.json"))
-    return {name: value for name, value in files.items() if name not in but}
+    return {name: value for name, value in files.items() if name not in (*but, "runs")}
 
 
 def test_the_store_holds_the_cropped_images_in_both_views(folder, tmp_path):
@@ -169,6 +169,10 @@ def test_an_encoder_added_later_equals_one_given_at_once(folder, encoded, weight
     for part in ("", "-holdout"):
         assert content(tmp_path / f"later{part}") == content(encoded.with_name(f"encoded{part}"))
     run(folder, tmp_path / "later", "--views", 2, "--holdout", 0.3)  # the original command still finds its store
+    runs = LatentDataset(tmp_path / "later").meta["runs"]
+    assert [made["files"] for made in runs] == [["latents.npy"], [f"features/{TINY}.npy"], [f"patches/{TINY}.npy"]]
+    assert all(made["process_seconds"] > 0 and made["code"] and made["processes"] == 1 for made in runs)
+    assert runs[1]["command"][1:4] == [str(folder), "--out", str(tmp_path / "later")]
 
 
 def test_a_vae_store_holds_mean_and_std(folder, tmp_path):
@@ -340,12 +344,13 @@ def test_blocks_cover_what_is_not_done_within_fixed_batches(done, batch_size):
 def test_progress_of_all_processes_is_united(tmp_path_factory, parts):
     folder = tmp_path_factory.mktemp("progress")
     for rank, done in enumerate(parts):
-        store.Progress(np.array(done), {rank: "torn"}).save(folder / f"rows-{rank}.json")
+        store.Progress(np.array(done), {rank: "torn"}, seconds=2.5).save(folder / f"rows-{rank}.json")
     (folder / ".rows-7.123.tmp.json").write_text("half")  # what a killed process may leave
     for _ in range(2):
         merged = store.Progress.merged(folder, 20)
         assert np.array_equal(merged.done, np.any(parts, axis=0))
         assert merged.broken == {rank: "torn" for rank in range(len(parts))}
+        assert merged.seconds == 2.5 * len(parts)
 
 
 @pytest.mark.parametrize(
