@@ -26,6 +26,7 @@ from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
 from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, kmeans, normalised, refuse, undirected
+from memory.provenance import provenance
 
 FORMAT = 1  # of bank.json
 ROWS = 65536  # features read at once
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    say = tqdm.write if state.is_main_process else lambda line: None
+    say, began = tqdm.write if state.is_main_process else lambda line: None, time.perf_counter()
 
     args.encoder = args.encoder or only_encoder(args.store)
     store, beside = LatentDataset(args.store, args.encoder), args.store.with_name(f"{args.store.name}-holdout")
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         report |= {"cosine_holdout": summary(unseen), "auc_train_vs_holdout": auc(similarity, unseen)}
     if state.is_main_process:
         draw_histogram(report["cluster_sizes"], args.out / "histogram.png")
-        bank.meta = {**settings, **report, "parent": None, "edit": None}
+        run = provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)}
+        bank.meta = {**settings, **report, "parent": None, "edit": None, "run": run}
         bank.save(args.out / "bank.pth")
     say_report(report, say)
     say(f"wrote {args.out / 'bank.pth'}")

@@ -154,7 +154,11 @@ def test_two_processes_write_the_same_bank_bit_for_bit(store, built, tmp_path):
     for file in FILES:
         assert (tmp_path / "two" / file).read_bytes() == (built / file).read_bytes(), file
     one, two = (json.loads((folder / "bank.json").read_text()) for folder in (built, tmp_path / "two"))
+    runs = [meta.pop("run") for meta in (one, two)]
     assert one == two
+    assert [run["processes"] for run in runs] == [1, 2]
+    assert runs[1]["command"] == ["build_bank.py", *map(str, arguments)]
+    assert all(run["code"] and run["seconds"] > 0 for run in runs)
 
 
 def test_the_same_command_again_changes_nothing_and_another_is_refused(store, built, capsys):
