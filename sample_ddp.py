@@ -151,6 +151,7 @@ class Generator:
             "checkpoint": self.config["checkpoint"]["path"],
             "bank": self.bank and str(self.bank.path or self.config["checkpoint"]["path"]),
             "codec": codec_meta["name"],
+            "trained": {key: self.config.get(key) for key in ("format", "model_config", "args", "bank", "store")},
         }
 
     def _check_snippets(self) -> None:

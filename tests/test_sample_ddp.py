@@ -117,6 +117,9 @@ def test_what_a_run_leaves(folder, run):
     assert (settings["weights"], settings["seed"], settings["labels"]) == ("ema", 0, None)
     assert facts["run"]["generated"] == 7
     assert facts["run"]["images_per_second"] > 0
+    trained = torch.load(folder / "snippet.pt", weights_only=True)
+    assert facts["run"]["trained"].pop("format") is None, "a checkpoint of our own"
+    assert facts["run"]["trained"] == {key: trained[key] for key in ("model_config", "args", "bank", "store")}
 
 
 @pytest.mark.parametrize("sampler", ["heun", "sde"])
