@@ -21,15 +21,19 @@ UNREADABLE = (
 )
 
 
-def read_image(stream: BinaryIO) -> Image.Image:
-    """The (first) image of a file in mode L or RGB, upright as its EXIF orientation says.
+def read_image(stream: BinaryIO, upright: bool = False) -> Image.Image:
+    """The (first) image of a file in mode L or RGB; as ADM's loader does, without regard to its EXIF orientation unless
+    `upright`.
 
-    Transparent pixels are laid on white, palettes, CMYK and other colour spaces become RGB, 16-bit grey is scaled to 8
-    bits. Raises one of `UNREADABLE` if the file is damaged or of floating-point values, whose range nobody knows.
+    Palettes, CMYK and other colour spaces become RGB as by PIL. Transparent pixels are laid on white (ADM shows what
+    lies under them), 16-bit grey is scaled to 8 bits. JPEGs are decoded at full size: PIL's draft mode is faster and
+    gives other pixels. Raises one of `UNREADABLE` if the file is damaged, or of floating-point values, whose range
+    nobody knows.
     """
     image = Image.open(stream)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL may hold in 32 bits
         return Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "F":

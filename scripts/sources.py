@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a zip, an npz or idx files, all as a numbered list of named images.
+"""Where images come from: a folder, a zip, a tar, an npz or idx files, all as a numbered list of named images.
 
 A source is listed once and sent to the other processes; files are opened by whoever reads an image, so that a source
 can be pickled and survives a fork. Images are in the order of their names, whatever the file system's order.
@@ -7,24 +7,29 @@ can be pickled and survives a fork. Images are in the order of their names, what
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from scripts.images import read_image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 IDX_IMAGES, IDX_LABELS = 0x00000803, 0x00000801  # magic numbers: unsigned bytes in three dimensions and in one
 LABELS_FILE = "dataset.json"  # of the StyleGAN and EDM tools
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")  # no member can be read alone
 
 
 @dataclass
@@ -32,7 +37,8 @@ class Source:
     """N images with names; subclasses say how image `index` is read.
 
     `labels` (N,) int64 or None, `class_names` where folders give them, `hash` of names, sizes and labels, `grey` if
-    every image is known to have one channel, `on_black` if small images may be framed in black.
+    every image is known to have one channel, `on_black` if small images may be framed in black, `upright` if image
+    files are to be turned as their EXIF orientation says.
     """
 
     path: Path
@@ -42,6 +48,7 @@ class Source:
     hash: str
     grey: bool = False
     on_black: bool = False
+    upright: bool = False
 
     def image(self, index: int) -> Image.Image:
         """Image `index` in mode L or RGB; raises one of `scripts.images.UNREADABLE` if it is damaged."""
@@ -53,7 +60,7 @@ class FolderSource(Source):
 
     def image(self, index: int) -> Image.Image:
         with open(self.path / self.names[index], "rb") as stream:
-            return read_image(stream)
+            return read_image(stream, self.upright)
 
 
 class ZipSource(Source):
@@ -61,7 +68,21 @@ class ZipSource(Source):
 
     def image(self, index: int) -> Image.Image:
         with open_zip(self.path, os.getpid()).open(self.names[index]) as stream:
-            return read_image(stream)
+            return read_image(stream, self.upright)
+
+
+@dataclass
+class TarSource(Source):
+    """Image files in a tar that is not compressed; `spans` (N, 2) int64 are the first byte and the length of each."""
+
+    spans: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+
+    def image(self, index: int) -> Image.Image:
+        begin, size = self.spans[index].tolist()
+        content = os.pread(open_tar(self.path), size, begin)
+        if len(content) < size:
+            raise OSError(f"{self.path} has become shorter than when it was listed")
+        return read_image(io.BytesIO(content), self.upright)
 
 
 class NpzSource(Source):
@@ -80,20 +101,26 @@ class IdxSource(Source):
 
 def open_source(path: str | os.PathLike) -> Source:
     """List a source: a folder of images (class folders make labels), a folder with Fashion-MNIST's idx files, an idx
-    file, a zip or an npz. Raises ValueError if it is none of these, holds no image, or its labels do not fit."""
+    file, a zip, a tar or an npz. Raises ValueError if it is none of these, holds no image, or its labels do not fit."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"no source at {path}: expected a folder of images, a zip, an npz, or an idx file")
+        raise ValueError(f"no source at {path}: expected a folder of images, a zip, a tar, an npz, or an idx file")
     if path.is_dir():
         training = sorted(path.glob("train-images-idx3-ubyte*"))
         return idx_source(training[0]) if training else folder_source(path)
     if path.suffix == ".zip":
         return zip_source(path)
+    if path.suffix == ".tar":
+        return tar_source(path)
+    if path.name.endswith(PACKED_TARS):
+        raise ValueError(
+            f"source {path} is compressed, so that no image in it can be read alone: decompress it to a .tar"
+        )
     if path.suffix == ".npz":
         return npz_source(path)
     if "idx3-ubyte" in path.name:
         return idx_source(path)
-    raise ValueError(f"source {path} is no folder, .zip, .npz or idx3-ubyte file")
+    raise ValueError(f"source {path} is no folder, .zip, .tar, .npz or idx3-ubyte file")
 
 
 def folder_source(path: Path) -> FolderSource:
@@ -117,16 +144,82 @@ def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
 def zip_source(path: Path) -> ZipSource:
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {
-                entry.filename: entry.file_size
-                for entry in archive.infolist()
-                if entry.filename.lower().endswith(SUFFIXES)
-                and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))
-            }
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist() if is_image(entry.filename)}
             text = archive.read(LABELS_FILE).decode() if LABELS_FILE in archive.namelist() else None
     except zipfile.BadZipFile as error:
         raise ValueError(f"source {path} is no zip file, or was cut short ({error})") from error
     return ZipSource(path, **described(path, sizes, text))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file in an archive is an image by its suffix, and not hidden."""
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name in an archive is hidden, as a Mac's notes about files are."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def tar_source(path: Path) -> TarSource:
+    """A tar of images, listed once by its headers. A tar inside it counts as a folder of its name, so that ImageNet's
+    own file, a tar of one tar a class, has the names and labels of the unpacked class folders."""
+    spans, text = {}, None
+    with open(path, "rb") as archive:
+        members = tar_members(archive, path, 0, path.stat().st_size)
+        for name, begin, size in tqdm(members, unit="file", desc=f"listing {path.name}", mininterval=1, delay=2):
+            if name in spans:
+                raise ValueError(f"source {path} holds {name} twice, as an updated archive does: pack it anew")
+            if is_image(name):
+                spans[name] = begin, size
+            elif name == LABELS_FILE:
+                text = os.pread(archive.fileno(), size, begin).decode()
+    listed = described(path, {name: size for name, (_, size) in spans.items()}, text)
+    return TarSource(path, **listed, spans=np.array([spans[name] for name in listed["names"]], np.int64))
+
+
+def tar_members(
+    archive: BinaryIO, path: Path, begin: int, end: int, folder: str = ""
+) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and length of each file in the tar that lies in an open file from byte `begin` to `end`.
+
+    Raises ValueError if it is no whole tar, a name leads out of it, or an image is not in it but linked.
+    """
+    inner = f" ({folder}.tar in it)" if folder else ""
+    cut = f"source {path}{inner} is no tar, or was cut short: {{}}. Copy or download it again"
+    archive.seek(begin)
+    try:
+        tar = tarfile.open(fileobj=archive, mode="r:")  # noqa: SIM115
+        while member := tar.next():
+            tar.members.clear()  # it would keep them all: a gigabyte for ImageNet
+            first, past = member.offset_data, member.offset_data + member.size
+            if past > end:
+                raise ValueError(cut.format(f"{member.name} ends {past - end:,} bytes after it"))
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                raise ValueError(
+                    f"source {path}{inner} holds {member.name!r}, a name that leads out of it: pack it anew"
+                )
+            name = str(PurePosixPath(folder, member.name))  # without the ./ that `tar -c .` puts before it
+            if is_image(name) and (member.issparse() or not member.isreg()):
+                raise ValueError(
+                    f"source {path}{inner} holds {member.name} not as a file but as a link or a sparse file: pack it "
+                    "anew with `tar --dereference --hard-dereference`"
+                )
+            if name.endswith(".tar") and member.isreg() and not is_hidden(name):
+                yield from tar_members(archive, path, first, past, name.removesuffix(".tar"))
+            elif member.isreg():
+                yield name, first, member.size
+    except tarfile.TarError as error:
+        raise ValueError(cut.format(error)) from error
+    archive.seek(tar.offset)
+    if tar.offset >= end or archive.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(cut.format(f"neither a file nor the mark of its end is at byte {tar.offset:,}"))
+
+
+@functools.lru_cache(maxsize=1)
+def open_tar(path: Path) -> int:
+    """The file's descriptor. `pread` takes the position as an argument, so processes may share it over a fork."""
+    return os.open(path, os.O_RDONLY)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import struct
+import tarfile
 import zipfile
 from multiprocessing import get_context
 
@@ -39,6 +40,9 @@ def saved(image, kind, **options):
         ((63, 80), [], (32, 41), (0, 4)),
         ((20, 33), [], (32, 53), (0, 10)),
         ((33, 20), [], (53, 32), (10, 0)),
+        ((1, 1), [], (32, 32), (0, 0)),
+        ((3, 2), [], (48, 32), (8, 0)),
+        ((1000, 65), [(500, 32)], (500, 32), (234, 0)),
     ],
 )
 def test_the_crop_is_adms(size, halved, resized, corner):
@@ -99,12 +103,45 @@ def test_other_modes_become_grey_or_rgb():
         read_image(saved(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff"))
 
 
-def test_exif_orientation_is_applied():
+ORIENTATIONS = {  # EXIF value -> how the stored pixels are turned to be upright
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: np.rot90(image),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation_is_ignored_as_by_adm_or_applied_on_request(orientation):
     pixels = smooth(4, 8, 12)
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
-    image = read_image(saved(Image.fromarray(pixels), "png", exif=exif))
-    assert np.array_equal(np.asarray(image), np.rot90(pixels, -1))
+    exif[0x0112] = orientation
+    assert np.array_equal(np.asarray(read_image(saved(Image.fromarray(pixels), "png", exif=exif))), pixels)
+    turned = read_image(saved(Image.fromarray(pixels), "png", exif=exif), upright=True)
+    assert np.array_equal(np.asarray(turned), ORIENTATIONS[orientation](pixels))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("size", [(75, 50), (51, 130), (33, 33)])
+def test_a_jpeg_is_squared_as_by_hand(mode, size):
+    """From the file on: full decoding, PIL's conversion, ADM's halving, resize and crop, grey repeated last."""
+    image = Image.fromarray(smooth(5, size[1], size[0])).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    file = saved(image, "jpeg", quality=90, exif=exif)
+    by_hand = Image.open(file).convert("RGB")
+    if min(size) >= 2 * 24:
+        by_hand = by_hand.resize((by_hand.width // 2, by_hand.height // 2), Image.Resampling.BOX)
+    scale = 24 / min(by_hand.size)
+    by_hand = by_hand.resize((round(by_hand.width * scale), round(by_hand.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (by_hand.width - 24) // 2, (by_hand.height - 24) // 2
+    expected = np.asarray(by_hand)[top : top + 24, left : left + 24].transpose(2, 0, 1)
+    file.seek(0)
+    assert np.array_equal(square(read_image(file), 24, 3, on_black=False), expected)
 
 
 @pytest.fixture
@@ -125,6 +162,20 @@ def zipped(folder, path, prefix="", labels=None):
             archive.write(file, prefix + file.relative_to(folder).as_posix())
         if labels is not None:
             archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+def tarred(folder, path, prefix="", extra=(), **options):
+    """A tar of the folder's images, in reverse order, and then of the members `extra` with four bytes each."""
+    with tarfile.open(path, "w", **options) as archive:
+        for file in sorted(folder.rglob("*.PNG"), reverse=True):
+            archive.add(file, prefix + file.relative_to(folder).as_posix())
+        for name, changes in extra:
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            for key, value in changes.items():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(b"data"))
     return path
 
 
@@ -158,16 +209,126 @@ def test_folder_zip_and_npz_hold_the_same_images(folder, tmp_path):
         assert not source.grey
 
 
+def test_edm2s_zip_has_its_labels_and_no_classes_of_its_folders(tmp_path):
+    """Files of edm2's dataset_tool: folders of a thousand images each, whatever the class, and labels beside them."""
+    with zipfile.ZipFile(tmp_path / "imagenet.zip", "w", zipfile.ZIP_STORED) as archive:
+        labels = []
+        for i in range(6):
+            name = f"{i // 3:05d}/img{i:08d}.png"
+            archive.writestr(name, saved(Image.fromarray(smooth(i, 16, 16)), "png").read())
+            labels.append([name, (7 * i) % 5])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    source = open_source(tmp_path / "imagenet.zip")
+    assert source.labels.tolist() == [0, 2, 4, 1, 3, 0]
+    assert source.class_names is None
+    assert source.names[3] == "00001/img00000003.png"
+    assert pixels(source) == [smooth(i, 16, 16).tolist() for i in range(6)]
+
+
+def test_tars_of_any_writer_hold_the_same_images_as_the_folder(folder, tmp_path):
+    first = open_source(folder)
+    formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    paths = [tarred(folder, tmp_path / f"{kind}.tar", format=kind) for kind in formats]
+    other = [("./cat/._1.PNG", {}), ("notes.txt", {}), ("__MACOSX/x.png", {}), ("._cat.tar", {})]
+    paths.append(tarred(folder, tmp_path / "dotted.tar", "./", other))  # as `tar -c .` makes it
+    for path in paths:
+        source = open_source(path)
+        assert (source.names, source.class_names, source.hash) == (first.names, first.class_names, first.hash)
+        assert source.labels.tolist() == first.labels.tolist()
+        assert pixels(source) == pixels(first)
+    long = "train/" + "a long folder name/" * 12
+    assert open_source(tarred(folder, tmp_path / "long.tar", long)).class_names == first.class_names
+
+
+def test_a_tar_of_tars_is_imagenets_own_file(folder, tmp_path):
+    """ILSVRC2012_img_train.tar: a tar a class, without folders inside."""
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("dog", "bird", "cat"):
+            archive.add(tarred(folder / name, tmp_path / f"{name}.tar"), f"{name}.tar")
+    first, source = open_source(folder), open_source(tmp_path / "train.tar")
+    assert (source.names, source.class_names, source.hash) == (first.names, first.class_names, first.hash)
+    assert source.labels.tolist() == first.labels.tolist()
+    assert pixels(source) == pixels(first)
+    flat = open_source(tmp_path / "cat.tar")
+    assert (flat.names, flat.labels) == ([f"{i}.PNG" for i in range(4)], None)
+
+
+def test_a_tar_may_bring_dataset_json(folder, tmp_path):
+    names = [f"{name}/{i}.PNG" for name in ("bird", "cat", "dog") for i in range(4)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[name, i] for i, name in enumerate(names)]}))
+    with tarfile.open(tarred(folder, tmp_path / "a.tar"), "a") as archive:
+        archive.add(tmp_path / "dataset.json", "dataset.json")
+    assert open_source(tmp_path / "a.tar").labels.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("../x.png", {}), r"holds '\.\./x\.png', a name that leads out of it"),
+        (("/tmp/x.png", {}), "a name that leads out of it"),
+        (("cat/../../x.txt", {}), "a name that leads out of it"),
+        (
+            ("x.png", {"type": tarfile.SYMTYPE, "linkname": "cat/1.PNG", "size": 0}),
+            r"x\.png not as a file but as a link",
+        ),
+        (("x.png", {"type": tarfile.LNKTYPE, "linkname": "cat/1.PNG", "size": 0}), "--hard-dereference"),
+        (("cat/1.PNG", {}), r"holds cat/1\.PNG twice"),
+        (("./cat/1.PNG", {}), r"holds cat/1\.PNG twice"),
+        (("cat.tar", {}), r"\(cat\.tar in it\) is no tar, or was cut short"),
+    ],
+)
+def test_odd_members_of_a_tar_are_named(folder, tmp_path, extra, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(tarred(folder, tmp_path / "a.tar", extra=[extra]))
+
+
+def test_a_tar_cut_anywhere_is_refused(folder, tmp_path):
+    whole = tarred(folder, tmp_path / "whole.tar").read_bytes()
+    end = whole.rstrip(b"\0")  # but for padding
+    end = len(end) + -len(end) % 512
+    cuts = [100, 512, 700, 1024, end // 2, end // 512 // 2 * 512, end - 512, end, end + 100]
+    for cut in cuts:
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"source .*cut\.tar is no tar, or was cut short: "):
+            open_source(tmp_path / "cut.tar")
+    (tmp_path / "cut.tar").write_bytes(whole[: end + 512])  # the mark of the end is there
+    assert len(open_source(tmp_path / "cut.tar").names) == 12
+    middle = end // 512 // 2 * 512
+    (tmp_path / "cut.tar").write_bytes(whole[:1536] + b"x" * middle + whole[1536 + middle :])
+    with pytest.raises(ValueError, match="no tar, or was cut short"):
+        open_source(tmp_path / "cut.tar")
+
+    for cut in (end, end - 600):  # within the last tar of a tar
+        (tmp_path / "z.tar").write_bytes(whole[:cut])
+        with tarfile.open(tmp_path / "outer.tar", "w") as archive:
+            archive.add(tmp_path / "whole.tar", "a.tar")
+            archive.add(tmp_path / "z.tar", "z.tar")
+        with pytest.raises(ValueError, match=r"outer\.tar \(z\.tar in it\) is no tar, or was cut short: "):
+            open_source(tmp_path / "outer.tar")
+
+
+def test_a_tar_that_shrinks_after_listing_is_an_unreadable_image(folder, tmp_path):
+    source = open_source(tarred(folder, tmp_path / "a.tar"))
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:600])
+    with pytest.raises(UNREADABLE, match="shorter than when it was listed"):
+        source.image(0)
+
+
 def totals(source):
     return [int(np.asarray(source.image(i % 4)).sum()) for i in range(200)]
 
 
-def test_processes_read_one_zip_at_the_same_time(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_processes_read_one_archive_at_the_same_time(tmp_path, kind):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, tarfile.open(tmp_path / "a.tar", "w") as tar:
         for seed in range(4):  # noise, so that no read buffer holds two of them
             image = Image.fromarray(np.random.default_rng(seed).integers(256, size=(64, 64, 3), dtype=np.uint8))
-            archive.writestr(f"{seed}.png", saved(image, "png").read())
-    source = open_source(tmp_path / "a.zip")
+            content = saved(image, "png").read()
+            archive.writestr(f"{seed}.png", content)
+            member = tarfile.TarInfo(f"{seed}.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = open_source(tmp_path / f"a.{kind}")
     expected = totals(source)  # the archive is open before the fork
     with get_context("fork").Pool(1) as pool:
         child = pool.apply_async(totals, (source,))
@@ -247,7 +408,11 @@ IDX = struct.pack(">4I", 0x803, 2, 4, 4) + bytes(32)
     [
         (lambda path: path / "absent", "no source at"),
         (lambda path: path, "holds no images: expected files ending in"),
-        (lambda path: bad_file(path, "x.tar", b""), "no folder, .zip, .npz or idx3-ubyte file"),
+        (lambda path: bad_file(path, "x.rar", b""), "no folder, .zip, .tar, .npz or idx3-ubyte file"),
+        (lambda path: bad_file(path, "x.tar", b""), "is no tar, or was cut short: empty file"),
+        (lambda path: bad_file(path, "x.tar", bytes(10240)), "holds no images: expected files ending in"),
+        (lambda path: bad_file(path, "x.tar", b"no tar" * 1000), "is no tar, or was cut short"),
+        (lambda path: bad_file(path, "x.tar.gz", b""), "is compressed, so that no image in it can be read alone"),
         (lambda path: bad_file(path, "x.zip", b"PK"), "is no zip file, or was cut short"),
         (lambda path: bad_file(path, "x.npz", b"PK"), "is no npz file, or was cut short"),
         (lambda path: bad_npz(path, other=IMAGES), "has no array `arr_0` or `images`"),
