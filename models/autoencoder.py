@@ -6,6 +6,7 @@ one number a channel and travel in `Codec.meta` with the store and the checkpoin
 scale and shift take uint8 to [−1, 1].
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -200,7 +201,13 @@ def check_codec(codec_meta: dict, expected: dict, owner: str) -> None:
 
 def channelwise(number: float | list[float], like: Tensor) -> Tensor:
     """`scale` or `shift` as a tensor that broadcasts over (B, C, h, w)."""
-    return torch.as_tensor(number, dtype=torch.float32, device=like.device).reshape(-1, 1, 1)
+    return _constant(tuple(number) if isinstance(number, list) else (number,), like.device)
+
+
+@functools.cache
+def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), made once: copying a number to a GPU makes the host wait for it, which a training step must not."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device).reshape(-1, 1, 1)
 
 
 def fit_channels(images: Tensor, channels: int, name: str) -> Tensor:
