@@ -15,7 +15,6 @@ Writes  OUT/config.json           the command's settings
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -32,26 +31,27 @@ import accelerate
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import LatentDataset, StepSampler, read_meta, rows_of_step, stage
+from dataset import StepSampler, rows_of_step
 from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
-from memory.bank import MemoryBank
-from memory.files import atomic, check_folder, free_space, read_json, sha256, write_json
-from memory.kmeans import refuse, undirected
-from models.autoencoder import check_codec, latents_from_moments, load_codec, to_uint8
+from memory.files import atomic, check_folder, free_space, read_json, write_json
+from memory.pairs import Pairs
+from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
-from models.encoder import load_encoder
+from models.kernels import compile_blocks, fast_attention
 from models.sit import SiT, SiT_models, conditions
+from models.update import Update
 from samplers import euler_sampler, noise
 
 # What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
 FREE = (
     *("steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers", "wandb"),
     *("micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path"),
+    *("resident", "checkpoint_activations"),
 )
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
@@ -103,8 +103,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sample-every", type=int, default=5_000, help="steps between grids of samples; 0 never")
     add("--codec", help="where the store's codec lies now, to decode the grids; by its own name if not given")
     add("--stage", metavar="DIR", help="copy the store to this fast disk first, sequentially, and read it there")
+    add(
+        "--resident", action="store_true", help="keep store and bank in GPU memory (1.28M images: 21 GB a view, and the bank)"
+    )
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
+    add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks; on with a GPU")
     add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
     args = parser.parse_args(argv)
@@ -164,154 +168,7 @@ def model_options(pairs: list[str]) -> dict[str, object]:
     return options
 
 
-class Data:
-    """The store and the bank, and what of them a step needs: latents, conditions, patch tokens to align with.
-
-    Raises:
-        ValueError: store, bank and settings do not fit each other; the message names flag, value and remedy.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.with_labels, self.with_snippets = "label" in args.condition, "snippet" in args.condition
-        self.bank = MemoryBank.load(args.bank) if args.bank else None
-        self.encoder = self._snippet_encoder() if self.with_snippets else None
-        self.meta = read_meta(args.store)
-        self.codec = self.meta["codec"]
-        self._check(args.store, self.meta)
-        self.patches, self.align_encoder = self._alignment() if args.align_coeff > 0 else (None, None)
-        store = stage(args.store, args.stage) if args.stage and not args.dry_run else args.store
-        self.train = self._open(store, patches=self.patches, images=self.align_encoder is not None)
-        self.holdout = None
-        if args.holdout and args.eval_every:
-            self._check(args.holdout, read_meta(args.holdout))
-            self.holdout = self._open(args.holdout)
-
-    def _check(self, store: str, meta: dict) -> None:
-        """Raise ValueError unless a store has the labels, the features and the codec of this run."""
-        check_codec(meta["codec"], self.codec, f"the store {self.args.store}")
-        if self.with_labels and not meta.get("num_classes"):
-            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels")
-        if not self.with_snippets:
-            return
-        features = meta["encoders"].get(self.encoder)
-        if features is None:
-            present = ", ".join(meta["encoders"]) or "none"
-            raise ValueError(
-                f"the store {store} has no features of the snippets' encoder {self.encoder}, but of {present}"
-            )
-        if self.bank and self.bank.dim != features["dim"]:
-            raise ValueError(
-                f"--bank {self.args.bank} has snippets of dimension {self.bank.dim}, the {self.encoder} features of "
-                f"{store} have {features['dim']}: build the bank from this store's features"
-            )
-        made_by = self.bank.meta.get("encoder_meta", features) if self.bank else features
-        if made_by != features:
-            raise ValueError(
-                f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: "
-                + "; ".join(
-                    f"{key} {made_by.get(key)}, here {features[key]}"
-                    for key in features
-                    if made_by.get(key) != features[key]
-                )
-            )
-
-    def _snippet_encoder(self) -> str:
-        """The encoder that the snippets come from: the bank's, or --encoder where no bank says so."""
-        made_by, asked = self.bank.meta.get("encoder") if self.bank else None, self.args.encoder
-        if made_by and asked and made_by != asked:
-            raise ValueError(f"--encoder {asked}, but the bank {self.args.bank} was made by encoder {made_by}")
-        if not made_by and not asked:
-            raise ValueError("which features of the store are the snippets? Pass --encoder, or a --bank that says so")
-        return made_by or asked
-
-    def _alignment(self) -> tuple[str | None, nn.Module | None]:
-        """Where the alignment's patch tokens come from: a name in the store, or an encoder to run on its images."""
-        stored = list(self.meta.get("patches") or {})
-        name = self.args.align_encoder or (stored[0] if len(stored) == 1 else None)
-        if name in stored:
-            return name, None
-        if name and self.meta.get("has_images"):
-            return None, load_encoder(name, weights=self.args.align_encoder_weights, device=self.device)
-        raise ValueError(
-            f"--align-coeff {self.args.align_coeff} needs patch tokens: the store {self.args.store} holds them for "
-            f"{', '.join(stored) or 'no encoder'} and --align-encoder is {name}; encode the dataset with --patches, or "
-            "with --keep-images and name --align-encoder"
-        )
-
-    def _open(self, store: str | Path, **options) -> LatentDataset:
-        """A store that yields the snippets of this run: "index" of bank rows, or own "feature"."""
-        if not self.with_snippets:
-            return LatentDataset(store, **options)
-        features = LatentDataset(store, encoder=self.encoder, **options)
-        if self.args.snippet_from == "own":
-            parts = range(0, len(features), 8192)
-            chunks = (torch.from_numpy(np.array(features.features[start : start + 8192])) for start in parts)
-            bad = torch.cat([undirected(some.flatten(0, 1)).view(some.shape[:2]).any(1) for some in chunks])  # (N,)
-            refuse(f"the {self.encoder} features of {store}", bad)
-            return features
-        assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
-        if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store
-            if self.args.dry_run:
-                return features
-            assignment = self.bank.to(self.device).assign(features.features)
-        return LatentDataset(store, assignment=assignment, **options)
-
-    @property
-    def snippet_dim(self) -> int | None:
-        """F, or None where the network takes no snippets."""
-        return self.meta["encoders"][self.encoder]["dim"] if self.with_snippets else None
-
-    @property
-    def align_dims(self) -> tuple[int, ...]:
-        """Feature dimension of each alignment head."""
-        if self.patches:
-            return (self.meta["patches"][self.patches][1],)
-        return (self.align_encoder.dim,) if self.align_encoder else ()
-
-    def latents(self, batch: dict, posterior_noise: Tensor) -> Tensor:
-        """(B, C, H, W) float32, sampled from the batch's moments."""
-        return latents_from_moments(batch["moments"].to(self.device, non_blocking=True), self.codec, posterior_noise)
-
-    def cond(self, batch: dict) -> object:
-        """What the network's embedder takes."""
-        labels = batch["label"].to(self.device, non_blocking=True) if self.with_labels else None  # (B,)
-        if not self.with_snippets:
-            return labels
-        snippets = self.bank[batch["index"]] if "index" in batch else batch["feature"]  # (B, F), of unit norm or not
-        snippets = snippets.to(self.device, non_blocking=True).float()
-        return (labels, snippets) if self.with_labels else snippets
-
-    def align_targets(self, batch: dict) -> list[Tensor]:
-        """One (B, T, F) of frozen patch tokens for each alignment head."""
-        if self.patches:
-            return [batch["patches"].to(self.device, non_blocking=True)]
-        if self.align_encoder is None:
-            return []
-        with torch.no_grad():
-            return [self.align_encoder(batch["image"].to(self.device, non_blocking=True), return_patches=True)[1]]
-
-    def identity(self) -> dict:
-        """What a checkpoint says of its data: names and hashes, not contents."""
-        bank = None
-        if self.bank:
-            path = self.bank.path.resolve()
-            bank = {"path": str(path), "sha256": sha256(path), "k": len(self.bank), "dim": self.bank.dim}
-            bank["freq_sha256"] = sha256(path.with_suffix(".freq"))
-            assignment = path.with_suffix(".assign")
-            bank["assign_sha256"] = sha256(assignment) if assignment.exists() else None
-        store = {key: self.meta[key] for key in ("fingerprint", "num_images", "image_size")}
-        return {
-            "codec": self.codec,
-            "encoder": self.encoder,
-            "bank": bank,
-            "store": {"path": self.args.store, **store},
-            "image_size": self.meta["image_size"],
-            "num_classes": self.meta.get("num_classes"),
-        }
-
-
-def build(args: argparse.Namespace, data: Data) -> SiT:
+def build(args: argparse.Namespace, data: Pairs) -> SiT:
     """The network for this data and these settings."""
     channels, size, _ = data.codec["latent_shape"]
     given = {"input_size": size, "in_channels": channels, "condition": args.condition, "align_dims": data.align_dims}
@@ -360,7 +217,7 @@ def leave_signals_alone(worker: int) -> None:
 class Trainer:
     """The state of a run (weights, EMA, optimiser, step, running means) and everything that is done to it."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: accelerate.Accelerator, data: Data):
+    def __init__(self, args: argparse.Namespace, accelerator: accelerate.Accelerator, data: Pairs):
         self.args, self.accelerator, self.data, self.device = args, accelerator, data, accelerator.device
         self.facts = data.identity()
         self.out = Path(args.out)
@@ -390,18 +247,9 @@ class Trainer:
             accelerator.print(
                 f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
             )
-        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
-        trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-        self.parameters = [self.network.get_parameter(name) for name in trained]
-        self.averages = [self.ema.get_parameter(name) for name in trained]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=args.lr,
-            betas=(0.9, args.beta2),
-            eps=1e-8,
-            weight_decay=0.0,
-            fused=True,
-        )
+        self.network.checkpoint_activations = args.checkpoint_activations
+        self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay)
+        self.ema, self.optimizer = self.update.average, self.update.optimizer
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
 
     def _check_alignment(self) -> None:
@@ -489,8 +337,8 @@ class Trainer:
     def prepare(self) -> None:
         """Compile the blocks and wrap the network for mixed precision and several processes."""
         if self.args.compile:
-            for block in (*self.network.blocks, *self.ema.blocks):
-                block.compile()
+            compile_blocks(self.network)
+            compile_blocks(self.ema)
         self.model = self.accelerator.prepare_model(self.network)
 
     def batches(self) -> Iterator[dict]:
@@ -499,15 +347,17 @@ class Trainer:
         steps = StepSampler(
             len(store), self.args.batch_size, store.num_views, self.args.seed, self.step, self.args.steps, self.rows
         )
-        on_gpu = self.device.type == "cuda"
-        yield from DataLoader(
-            store,
-            sampler=steps,
-            batch_size=None,
-            num_workers=self.args.workers,
-            pin_memory=on_gpu,
-            worker_init_fn=leave_signals_alone,
-        )
+        if self.args.resident:
+            yield from map(store.__getitem__, steps)
+        else:
+            yield from DataLoader(
+                store,
+                sampler=steps,
+                batch_size=None,
+                num_workers=self.args.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=leave_signals_alone,
+            )
 
     def train_step(self, batch: dict) -> None:
         """One optimiser step on the global batch of `self.step`, accumulated over micro-batches; no host sync."""
@@ -527,13 +377,7 @@ class Trainer:
                 self.accelerator.backward(losses.total.sum() / self.local_batch)  # processes are averaged
             align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
             sums.append(torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()]))
-        norm = nn.utils.clip_grad_norm_(self.parameters, args.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
-
+        norm = self.update(self.step)
         processes = self.accelerator.num_processes
         losses_of_step = torch.stack(sums).sum(0).double() / args.batch_size  # (3,) of this process's rows
         self.sums += torch.cat([losses_of_step, torch.stack([norm, torch.ones_like(norm)]).double() / processes])
@@ -653,7 +497,7 @@ class Trainer:
             total=args.steps * args.batch_size, initial=self.step * args.batch_size, unit="img", disable=not main
         )
         began, since = time.perf_counter(), self.step
-        with StopSignal() as stop:
+        with StopSignal() as stop, fast_attention(self.device):
             for batch in self.batches():
                 self.train_step(batch)
                 bar.update(args.batch_size)
@@ -770,7 +614,7 @@ def main(argv: list[str] | None = None) -> None:
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "accelerate and torchrun disagree"
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    trainer = Trainer(args, accelerator, Data(args, accelerator.device))
+    trainer = Trainer(args, accelerator, Pairs(args, accelerator.device))
     trainer.check()
     if args.dry_run:
         accelerator.print(describe(args, trainer.network, accelerator.num_processes, trainer.facts))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ALIGN_HIDDEN = 2048  # hidden width of an alignment head
 
@@ -279,6 +280,7 @@ class SiT(nn.Module):
         self.condition = condition
         self.null_dropout = null_dropout
         self.align_depth = align_depth
+        self.checkpoint_activations = False  # True: training keeps only the blocks' inputs and computes the rest again
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, width, bias=True)
         self.pos_embed = nn.Parameter(position_embedding(width, input_size // patch_size), requires_grad=False)
@@ -355,12 +357,18 @@ class SiT(nn.Module):
         tokens = []
         c = self.t_embedder(t) + self.embed_condition(cond, len(x), uniforms)  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        run = forget_inside if self.checkpoint_activations else nn.Module.__call__
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, c)  # (B, T, D)
+            x = run(block, x, c)  # (B, T, D)
             if return_tokens and depth == self.align_depth:
                 tokens = [head(x) for head in self.projectors]  # (B, T, F) each
         velocity = self.unpatchify(self.final_layer(x, c))  # (B, C, H, W)
         return (velocity, tokens) if return_tokens else velocity
+
+
+def forget_inside(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    """`block(x, c)` whose activations are computed again in the backward pass (Chen et al., arXiv 1604.06174)."""
+    return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws no random numbers
 
 
 def alignment_head(width: int, dim: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import train
 from dataset import LatentDataset, rows_of_step, views_of_step
+from memory import pairs
 from memory.bank import MemoryBank
 from memory.files import write_json
 from models.checkpoint import load_model
@@ -234,7 +235,7 @@ def test_the_average_keeps_no_graph(folder, monkeypatch):
     prepare = train.Trainer.prepare
     monkeypatch.setattr(train.Trainer, "prepare", lambda self: trainers.append(self) or prepare(self))
     train.main(command(folder, folder / "graph", "--steps", 2))
-    assert not any(average.requires_grad for average in trainers[0].averages)
+    assert not any(average.requires_grad for average in trainers[0].update.averages)
 
 
 def test_ema_follows_its_warm_up(folder):
@@ -271,10 +272,10 @@ def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
         def __call__(self, images, return_patches):
             return None, images.reshape(len(images), 16, 4).float()
 
-    monkeypatch.setattr(train, "load_encoder", lambda name, **options: Pixels())
+    monkeypatch.setattr(pairs, "load_encoder", lambda name, **options: Pixels())
     seen = []
-    align = train.Data.align_targets
-    monkeypatch.setattr(train.Data, "align_targets", lambda self, batch: seen.append(align(self, batch)) or seen[-1])
+    align = train.Pairs.align_targets
+    monkeypatch.setattr(train.Pairs, "align_targets", lambda self, batch: seen.append(align(self, batch)) or seen[-1])
     words = command(folder, folder / f"run-{source}", "--steps", 3, "--align-coeff", 0.5, "--align-encoder", "toy")
     words[1:4:2] = [str(store), str(folder / f"bank-{source}")]
     train.main([*words, "--model-options", "align_depth=3"])

@@ -1,0 +1,176 @@
+"""The pairs that training sees: latents of a store and the conditions that belong to them, on the training device.
+
+A store and a bank are joined here once, before the long work, and checked against each other. Nothing in a step waits
+for the device: what is looked up on the CPU is copied from pinned memory.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import LatentDataset, read_meta, stage
+from memory.bank import MemoryBank
+from memory.files import sha256
+from memory.kmeans import refuse, undirected
+from memory.resident import ResidentDataset
+from models.autoencoder import check_codec, latents_from_moments
+from models.encoder import load_encoder
+
+
+class Pairs:
+    """The store and the bank, and what of them a step needs: latents, conditions, patch tokens to align with.
+
+    Raises:
+        ValueError: store, bank and settings do not fit each other; the message names flag, value and remedy.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.with_labels, self.with_snippets = "label" in args.condition, "snippet" in args.condition
+        self.bank = MemoryBank.load(args.bank) if args.bank else None
+        self.encoder = self._snippet_encoder() if self.with_snippets else None
+        self.meta = read_meta(args.store)
+        self.codec = self.meta["codec"]
+        self._check(args.store, self.meta)
+        self.patches, self.align_encoder = self._alignment() if args.align_coeff > 0 else (None, None)
+        store = stage(args.store, args.stage) if args.stage and not args.dry_run else args.store
+        self.train = self._open(store, patches=self.patches, images=self.align_encoder is not None)
+        if args.resident and not args.dry_run:
+            self.train = ResidentDataset(self.train, device)
+            self.bank = self.bank and self.bank.to(device)
+        self.holdout = None
+        if args.holdout and args.eval_every:
+            self._check(args.holdout, read_meta(args.holdout))
+            self.holdout = self._open(args.holdout)
+
+    def _check(self, store: str, meta: dict) -> None:
+        """Raise ValueError unless a store has the labels, the features and the codec of this run."""
+        check_codec(meta["codec"], self.codec, f"the store {self.args.store}")
+        if self.with_labels and not meta.get("num_classes"):
+            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels")
+        if not self.with_snippets:
+            return
+        features = meta["encoders"].get(self.encoder)
+        if features is None:
+            present = ", ".join(meta["encoders"]) or "none"
+            raise ValueError(
+                f"the store {store} has no features of the snippets' encoder {self.encoder}, but of {present}"
+            )
+        if self.bank and self.bank.dim != features["dim"]:
+            raise ValueError(
+                f"--bank {self.args.bank} has snippets of dimension {self.bank.dim}, the {self.encoder} features of "
+                f"{store} have {features['dim']}: build the bank from this store's features"
+            )
+        made_by = self.bank.meta.get("encoder_meta", features) if self.bank else features
+        if made_by != features:
+            raise ValueError(
+                f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: "
+                + "; ".join(
+                    f"{key} {made_by.get(key)}, here {features[key]}"
+                    for key in features
+                    if made_by.get(key) != features[key]
+                )
+            )
+
+    def _snippet_encoder(self) -> str:
+        """The encoder that the snippets come from: the bank's, or --encoder where no bank says so."""
+        made_by, asked = self.bank.meta.get("encoder") if self.bank else None, self.args.encoder
+        if made_by and asked and made_by != asked:
+            raise ValueError(f"--encoder {asked}, but the bank {self.args.bank} was made by encoder {made_by}")
+        if not made_by and not asked:
+            raise ValueError("which features of the store are the snippets? Pass --encoder, or a --bank that says so")
+        return made_by or asked
+
+    def _alignment(self) -> tuple[str | None, nn.Module | None]:
+        """Where the alignment's patch tokens come from: a name in the store, or an encoder to run on its images."""
+        stored = list(self.meta.get("patches") or {})
+        name = self.args.align_encoder or (stored[0] if len(stored) == 1 else None)
+        if name in stored:
+            return name, None
+        if name and self.meta.get("has_images"):
+            return None, load_encoder(name, weights=self.args.align_encoder_weights, device=self.device)
+        raise ValueError(
+            f"--align-coeff {self.args.align_coeff} needs patch tokens: the store {self.args.store} holds them for "
+            f"{', '.join(stored) or 'no encoder'} and --align-encoder is {name}; encode the dataset with --patches, or "
+            "with --keep-images and name --align-encoder"
+        )
+
+    def _open(self, store: str | Path, **options) -> LatentDataset:
+        """A store that yields the snippets of this run: "index" of bank rows, or own "feature"."""
+        if not self.with_snippets:
+            return LatentDataset(store, **options)
+        features = LatentDataset(store, encoder=self.encoder, **options)
+        if self.args.snippet_from == "own":
+            parts = range(0, len(features), 8192)
+            chunks = (torch.from_numpy(np.array(features.features[start : start + 8192])) for start in parts)
+            bad = torch.cat([undirected(some.flatten(0, 1)).view(some.shape[:2]).any(1) for some in chunks])  # (N,)
+            refuse(f"the {self.encoder} features of {store}", bad)
+            return features
+        assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
+        if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store
+            if self.args.dry_run:
+                return features
+            assignment = self.bank.to(self.device).assign(features.features)
+        return LatentDataset(store, assignment=assignment, **options)
+
+    @property
+    def snippet_dim(self) -> int | None:
+        """F, or None where the network takes no snippets."""
+        return self.meta["encoders"][self.encoder]["dim"] if self.with_snippets else None
+
+    @property
+    def align_dims(self) -> tuple[int, ...]:
+        """Feature dimension of each alignment head."""
+        if self.patches:
+            return (self.meta["patches"][self.patches][1],)
+        return (self.align_encoder.dim,) if self.align_encoder else ()
+
+    def latents(self, batch: dict, posterior_noise: Tensor) -> Tensor:
+        """(B, C, H, W) float32, sampled from the batch's moments."""
+        return latents_from_moments(self._here(batch["moments"]), self.codec, posterior_noise)
+
+    def cond(self, batch: dict) -> object:
+        """What the network's embedder takes."""
+        labels = self._here(batch["label"]) if self.with_labels else None  # (B,)
+        if not self.with_snippets:
+            return labels
+        snippets = self.bank[batch["index"]] if "index" in batch else batch["feature"]  # (B, F), of unit norm or not
+        snippets = self._here(snippets).float()
+        return (labels, snippets) if self.with_labels else snippets
+
+    def align_targets(self, batch: dict) -> list[Tensor]:
+        """One (B, T, F) of frozen patch tokens for each alignment head."""
+        if self.patches:
+            return [self._here(batch["patches"])]
+        if self.align_encoder is None:
+            return []
+        with torch.no_grad():
+            return [self.align_encoder(self._here(batch["image"]), return_patches=True)[1]]
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """On the training device; from pinned memory, because the host waits for the GPU in any other copy."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # returns itself where the loader has done so
+        return tensor.to(self.device, non_blocking=True)
+
+    def identity(self) -> dict:
+        """What a checkpoint says of its data: names and hashes, not contents."""
+        bank = None
+        if self.bank:
+            path = self.bank.path.resolve()
+            bank = {"path": str(path), "sha256": sha256(path), "k": len(self.bank), "dim": self.bank.dim}
+            bank["freq_sha256"] = sha256(path.with_suffix(".freq"))
+            assignment = path.with_suffix(".assign")
+            bank["assign_sha256"] = sha256(assignment) if assignment.exists() else None
+        store = {key: self.meta[key] for key in ("fingerprint", "num_images", "image_size")}
+        return {
+            "codec": self.codec,
+            "encoder": self.encoder,
+            "bank": bank,
+            "store": {"path": self.args.store, **store},
+            "image_size": self.meta["image_size"],
+            "num_classes": self.meta.get("num_classes"),
+        }
