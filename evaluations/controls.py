@@ -16,6 +16,7 @@ that choose the network; `torchrun -m evaluations.controls …` shares the image
 import argparse
 import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from evaluations.evaluator import (
     check_shared,
     load_network,
     metrics,
-    versions,
     warnings_about,
 )
 from evaluations.features import summarize
@@ -43,6 +43,7 @@ from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, nearest
 from memory.bank import MemoryBank
 from memory.files import sha256, write_json
+from memory.provenance import provenance
 from sample_ddp import snippet_rules
 from samplers import noise
 
@@ -66,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args = parse(argv)
+    args, began = parse(argv), time.perf_counter()
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     samples, holdout = Samples(args.samples, args.num_samples), open_holdout(args.store, None)
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             "network": network.identity(),
             "same_family_as_snippets": related,
             "warnings": warnings,
-            "versions": versions(),
+            "run": provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)},
         }
         print("\n\n".join([score_tables(result), *(f"warning: {warning}" for warning in warnings)]))
         write_json(args.out, result)

@@ -21,6 +21,7 @@ cannot show.
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from evaluations.features import gathered, shares
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, LatentSpace, Space, nearest
 from memory.files import atomic, write_json
+from memory.provenance import provenance
 from models.autoencoder import Codec, check_codec, latents_from_moments, load_codec, to_uint8
 from models.encoder import load_encoder
 
@@ -68,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args = parse(argv)
+    args, began = parse(argv), time.perf_counter()
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     store, holdout = LatentDataset(args.store, args.encoder), open_holdout(args.store, args.encoder)
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
     findings = [audit(space, store, holdout, samples, args.batch_size, state) for space in spaces]
     if state.is_main_process:
-        report(findings, store, holdout, samples, args.out)
+        run = provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)}
+        report(findings, store, holdout, samples, run, args.out)
         draw_distances(findings, args.out / "distances.png")
         first = np.arange(min(PAIRS, samples.count))
         draw_pairs(findings[0], first, store, samples, codec, args.out / "neighbours.png")
@@ -179,7 +182,9 @@ def audit(
     )
 
 
-def report(findings: list[Finding], store: LatentDataset, holdout: LatentDataset, samples: Samples, out: Path) -> None:
+def report(
+    findings: list[Finding], store: LatentDataset, holdout: LatentDataset, samples: Samples, run: dict, out: Path
+) -> None:
     """Print the figures and write them as JSON."""
     held_out = len(findings[0].held_out_distances)
     print(
@@ -228,6 +233,7 @@ def report(findings: list[Finding], store: LatentDataset, holdout: LatentDataset
             "store": {key: store.meta[key] for key in ("num_images", "num_views", "fingerprint")}
             | {"path": str(store.path)},
             "warnings": warnings,
+            "run": run,
         },
     )
 

@@ -11,11 +11,10 @@ import argparse
 import contextlib
 import os
 import statistics
+import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch_fidelity
 from accelerate import PartialState
 
 from evaluations.features import EncoderNetwork, Network, Summary, summarize
@@ -24,6 +23,7 @@ from evaluations.metrics import frechet_distance, inception_score, kid, precisio
 from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
 from memory.files import write_json
+from memory.provenance import provenance
 
 ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
 
@@ -83,7 +83,7 @@ def batch_size_of(args: argparse.Namespace, device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args = parse(argv)
+    args, began = parse(argv), time.perf_counter()
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     batch_size = batch_size_of(args, state.device)
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             results.append(metrics(known, found, network.name, images=not args.no_precision_recall))
     if results:
-        report(results, sets, reference, network, args.out)
+        run = provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)}
+        report(results, sets, reference, network, run, args.out)
 
 
 def check_sets(reference: Reference, sets: list[Samples]) -> None:
@@ -151,7 +152,12 @@ def warnings_about(network: Network, related: bool) -> list[str]:
 
 
 def report(
-    results: list[dict[str, float]], sets: list[Samples], reference: Reference, network: Network, out: Path | None
+    results: list[dict[str, float]],
+    sets: list[Samples],
+    reference: Reference,
+    network: Network,
+    run: dict,
+    out: Path | None,
 ) -> None:
     """Print ADM's lines, with the spread over seeds if there are several sets, and write the same as JSON."""
     count, first = sets[0].count, sets[0].path
@@ -189,14 +195,9 @@ def report(
                 "network": network.identity(),
                 "same_family_as_snippets": related,
                 "warnings": warnings,
-                "versions": versions(),
+                "run": run,
             },
         )
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that the numbers depend on."""
-    return {module.__name__: module.__version__ for module in (torch, np, torch_fidelity)}
 
 
 if __name__ == "__main__":

@@ -311,9 +311,11 @@ def test_reference_features_are_kept_beside_it_and_follow_its_content(evaluate, 
     real, fake = save_npz(tmp_path / "ref.npz", pictures(24)), save_npz(tmp_path / "x.npz", pictures(20, seed=1))
     computed, summarize = [], features.summarize
     monkeypatch.setattr(reference, "summarize", lambda *args: computed.append(args[0].path) or summarize(*args))
-    first = evaluate(real, fake)[1]
+    first, again = (evaluate(real, fake)[1], evaluate(real, fake)[1])
     kept = list(tmp_path.glob("ref.npz.*.npz"))
-    assert evaluate(real, fake)[1] == first
+    assert first.pop("run")["seconds"] > 0
+    assert again.pop("run")["command"][1:3] == [str(real), str(fake)]
+    assert again == first
     assert computed == [real]
     assert len(kept) == 1
 
