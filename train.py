@@ -7,7 +7,7 @@ The defaults are GMem's network with REPA's optimiser recipe. The same command a
 stands and repeats an uninterrupted run, because every random number of a step depends on (seed, step) alone.
 
 Reads   the store (scripts/encode_dataset.py) and the bank (memory/build_bank.py)
-Writes  OUT/config.json           the command's settings
+Writes  OUT/config.json           the command's settings, and where each part of the run was made
         OUT/checkpoints/*.pt      full states, the last `--keep`; *-ema.pt snapshots, never deleted
         OUT/log.jsonl             a line every `--log-every` steps, and one for each held-out evaluation
         OUT/samples/*.png         images from fixed noise and snippets
@@ -40,6 +40,7 @@ from dataset import StepSampler, rows_of_step
 from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.files import atomic, check_folder, free_space, read_json, write_json
 from memory.pairs import Pairs
+from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.kernels import compile_blocks, fast_attention
@@ -317,11 +318,19 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             if self.args.wandb:
                 self.wandb = start_wandb(self.args, self.out)
-            write_json(self.out / "config.json", {"args": vars(self.args), **self.facts})
             for stale in (self.out / "checkpoints").glob(".*.tmp.pt"):  # of a killed process
                 stale.unlink()
         if self.checkpoints:
             self.load(self.checkpoints[-1])
+
+    def note(self, made: dict) -> None:
+        """Write the settings, and where each part of the run was made, this one from the present step."""
+        if self.accelerator.is_main_process:
+            config = self.out / "config.json"
+            parts = read_json(config).get("runs", []) if config.exists() else []
+            parts = [part for part in parts if part["from_step"] < self.step]  # later ones are about to be repeated
+            facts = {"args": vars(self.args), **self.facts}
+            write_json(config, {**facts, "runs": [*parts, {"from_step": self.step, **made}]})
 
     def load(self, path: Path) -> None:
         """Take over everything from a full state."""
@@ -623,6 +632,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.step >= args.steps:
         accelerator.print(f"{args.out} is at step {trainer.step:,} already; raise --steps to go on")
         return
+    trainer.note(provenance(argv, accelerator.num_processes))
     trainer.prepare()
     trainer.run()
     accelerator.end_training()

@@ -138,6 +138,10 @@ def test_six_steps_equal_three_and_three(folder, whole):
         assert_same(one[part], two[part])
     assert log(whole) == log(folder / "halves")
     assert [line["step"] for line in log(whole)] == [2, 2, 4, 4, 6, 6]
+    runs = json.loads((folder / "halves" / "config.json").read_text())["runs"]
+    assert [(part["from_step"], part["processes"]) for part in runs] == [(0, 1), (3, 1)]
+    assert [part["command"][part["command"].index("--steps") + 1] for part in runs] == ["3", "6"]
+    assert all(part["code"] and part["versions"] and part["device"] for part in runs)
 
 
 def test_a_killed_run_repeats_its_lost_steps(folder, whole):
@@ -147,6 +151,9 @@ def test_a_killed_run_repeats_its_lost_steps(folder, whole):
     train.main(command(folder, out, "--steps", 6))
     assert_same(final(whole)["ema"], final(out)["ema"])
     assert log(whole) == log(out)
+    for _ in range(2):  # the second time nothing is left to do
+        assert [part["from_step"] for part in json.loads((out / "config.json").read_text())["runs"]] == [0, 3]
+        train.main(command(folder, out, "--steps", 6))
 
 
 def test_accumulation_sees_the_same_data_and_noise(folder, whole):
