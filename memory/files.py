@@ -67,6 +67,12 @@ def check_folder(flag: str, path: str | os.PathLike) -> None:
         raise ValueError(f"{flag} {path}: the file {existing} is in the way of this folder; choose another")
 
 
+def weights_folder() -> Path:
+    """Where `scripts/fetch.sh` puts published weights, and where their names are looked for before any hub:
+    $GMEM_WEIGHTS, or `weights` in the working directory."""
+    return Path(os.environ.get("GMEM_WEIGHTS", "weights"))
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

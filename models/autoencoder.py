@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memory.files import sha256
+from memory.files import sha256, weights_folder
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
@@ -30,6 +30,9 @@ class Codec(Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (B, c, H, W) to moments (B, P, h, w)."""
+
+    def compile_encoder(self) -> None:
+        """Let torch.compile make `encode` faster, which pays for many batches of one size."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to float32 images (B, c, H, W), clamped to [−1, 1]."""
@@ -60,6 +63,9 @@ class PixelCodec:
     def encode(self, images: Tensor) -> Tensor:
         return fit_channels(images, self.channels, self.name).to(self.device)  # (B, c, H, W) uint8
 
+    def compile_encoder(self) -> None:
+        """Nothing is computed that could be compiled."""
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, torch.float32).clamp(-1, 1)
 
@@ -74,12 +80,14 @@ class VAECodec:
             if not (folder / file).is_file():
                 raise ValueError(
                     f"codec {name!r}: no {file} in {folder}; expected a folder in diffusers' AutoencoderKL format, "
-                    f"that is {CONFIG} and {WEIGHTS}"
+                    f"that is {CONFIG} and {WEIGHTS}; `bash scripts/fetch.sh` gets those of sd-vae-ft-mse and -ema"
                 )
         self.name, self.device, self.dtype = name, torch.device(device), dtype
+        # A GPU's convolutions want the channels innermost; on a CPU nothing is gained.
+        self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.sha256 = sha256(folder / WEIGHTS)
-        self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(self.device)
-        self.vae.eval().requires_grad_(False)
+        self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        self.vae.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
         config = self.vae.config
         self.channels, self.latent_channels = config.in_channels, config.latent_channels
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
@@ -115,8 +123,12 @@ class VAECodec:
         for pixels in images.shape[-2:]:
             self.latent_side(pixels)
         images = fit_channels(images, self.channels, self.name).to(self.device)  # (B, c, H, W) uint8
-        posterior = self.vae.encode((images.float() / 127.5 - 1).to(self.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).half()  # (B, 2C, h, w)
+        images = (images.float() / 127.5 - 1).to(self.dtype, memory_format=self.memory_format)
+        posterior = self.vae.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).half().contiguous()  # (B, 2C, h, w)
+
+    def compile_encoder(self) -> None:
+        self.vae.encoder.compile(dynamic=False)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -128,10 +140,12 @@ class VAECodec:
 
 
 def hub_vae(repository: str, scale: float | None = None) -> Callable[..., VAECodec]:
-    """A maker of the codec kept in a Hugging Face repository, from the local cache or downloaded."""
+    """A maker of the codec kept in a Hugging Face repository: from the weights folder, the hub's cache, or the hub."""
 
     def make(name: str, device: str | torch.device, dtype: torch.dtype, channels: int | None) -> VAECodec:
-        return VAECodec(name, cached_folder(name, repository), device, dtype, scale)
+        local = weights_folder() / repository.split("/")[1]
+        folder = local if local.is_dir() else cached_folder(name, repository, local)
+        return VAECodec(name, folder, device, dtype, scale)
 
     return make
 
@@ -222,8 +236,9 @@ def fit_channels(images: Tensor, channels: int, name: str) -> Tensor:
     return images.expand(-1, channels, -1, -1)
 
 
-def cached_folder(name: str, repository: str) -> Path:
-    """Folder with a hub repository's two files, from the cache or downloaded; ValueError saying where they belong."""
+def cached_folder(name: str, repository: str, local: Path) -> Path:
+    """Folder with a hub repository's two files, from the cache or downloaded; ValueError saying where they belong, in
+    `local` or elsewhere."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -231,7 +246,7 @@ def cached_folder(name: str, repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
-            f"codec {name!r}: {CONFIG} and {WEIGHTS} of hub repository {repository!r} are neither in the cache "
-            f"({constants.HF_HUB_CACHE}) nor could they be downloaded; put the two files into a folder and give that "
-            f"folder as the codec, or connect to the network ({type(error).__name__})"
+            f"codec {name!r}: {CONFIG} and {WEIGHTS} of hub repository {repository!r} are neither in {local}, nor in "
+            f"the cache ({constants.HF_HUB_CACHE}), nor could they be downloaded ({type(error).__name__}); run `bash "
+            "scripts/fetch.sh` where there is a network, or give any folder with the two files as the codec"
         ) from error

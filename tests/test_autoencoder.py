@@ -1,11 +1,13 @@
 """Codecs against diffusers itself, the pixels against exact arithmetic, and the errors a user can meet."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from memory.files import sha256
 from models.autoencoder import CONFIG, WEIGHTS, check_codec, codecs, latents_from_moments, load_codec, to_uint8
 
 
@@ -152,10 +154,53 @@ def test_missing_files_are_named(tmp_path, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("sd-vae-ft-mse", "sd-vae-ft-ema", "organisation/repository"):
-        with pytest.raises(
-            ValueError, match=rf"{WEIGHTS} of hub repository '\w+/[\w-]+' are neither in the cache \(.*\)"
-        ):
+        message = (
+            rf"{WEIGHTS} of hub repository '\w+/[\w-]+' are neither in weights/[\w-]+, nor in the cache .*fetch\.sh"
+        )
+        with pytest.raises(ValueError, match=message):
             load_codec(name)
+
+
+def test_names_are_looked_for_in_the_weights_folder_first(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GMEM_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for name in ("sd-vae-ft-mse", "repository"):
+        Path(folder(3, scaling_factor=0.9)).rename(tmp_path / name)
+    codec = load_codec("sd-vae-ft-mse")
+    assert codec.meta(8)["scale"] == 0.18215
+    assert codec.sha256 == sha256(tmp_path / "sd-vae-ft-mse" / WEIGHTS)
+    assert load_codec("organisation/repository").meta(8)["scale"] == 0.9
+    (tmp_path / "sd-vae-ft-mse" / WEIGHTS).unlink()  # a download that was interrupted
+    with pytest.raises(ValueError, match=rf"no {WEIGHTS} in {tmp_path}/sd-vae-ft-mse.*bash scripts/fetch\.sh"):
+        load_codec("sd-vae-ft-mse")
+
+
+def test_the_hubs_cache_is_read_without_a_network(folder, tmp_path, monkeypatch):
+    """Files laid out as the hub's client keeps them, on a machine with HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--stabilityai--sd-vae-ft-ema", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs/main").write_text(commit)
+    Path(folder(3)).rename(repository / "snapshots" / commit)
+    assert load_codec("sd-vae-ft-ema").meta(8)["sha256"] == sha256(repository / "snapshots" / commit / WEIGHTS)
+
+
+def test_channels_last_and_compiling_change_only_rounding(folder, monkeypatch):
+    path, images = folder(3), pixels(2, 3, 16, 16)
+    exact, fast = load_codec(path), load_codec(path)
+    fast.memory_format = torch.channels_last  # as on a GPU
+    fast.vae.to(memory_format=torch.channels_last)
+    expected = exact.encode(images)
+    torch.testing.assert_close(fast.encode(images), expected, rtol=1e-2, atol=1e-3)
+    assert fast.encode(images).is_contiguous()
+    compiled = []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **options: compiled.append((module, options)))
+    fast.compile_encoder()
+    assert compiled == [(fast.vae.encoder, {"dynamic": False})]
+    load_codec("pixels").compile_encoder()
+    assert len(compiled) == 1
 
 
 def test_hub_codecs_read_the_cached_folder(folder, monkeypatch):
