@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict
+from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
-from memory.files import sha256
+from memory.files import sha256, weights_folder
+from models.kernels import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Encoder:
             **self.source,
         }
 
+    def compile(self) -> None:
+        """Let torch.compile make the blocks of a transformer faster, which pays for many batches of one size."""
+        if isinstance(self.model, VisionTransformer):
+            compile_blocks(self.model)
+
     @torch.no_grad()
     def __call__(self, images: Tensor, return_patches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """uint8 images (B, 1 or 3, H, W) to features (B, F) float32, not normalised; on request also patch tokens
@@ -121,15 +127,23 @@ def load_encoder(
     """Make the encoder called `name` (`NAME` or `NAME@SIZE`), computing in `dtype`.
 
     `weights` is a local file (.pth or .safetensors, in timm's layout or the authors' own, such as
-    `dinov2_vitb14_pretrain.pth`); without it the weights come from the recipe's package or timm's hub and its cache.
+    `dinov2_vitb14_pretrain.pth`); without it the weights come from the recipe's package, from MODEL.safetensors in the
+    weights folder (MODEL is timm's name), or from timm's hub and its cache.
     Raises ValueError if the name or size is impossible, or weights are missing or of another model, naming the file.
     """
     recipe = recipe_of(name)
     if weights is None and recipe.package:
         weights = packaged_file(name, recipe.package)
+    if weights is None and weights_file(recipe).is_file():
+        weights = weights_file(recipe)
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"encoder {name!r}: weights file {weights} does not exist")
     return Encoder(name, recipe, weights and Path(weights), device, dtype)
+
+
+def weights_file(recipe: Recipe) -> Path:
+    """Where `scripts/fetch.sh` puts an encoder's weights."""
+    return weights_folder() / f"{recipe.model}.safetensors"
 
 
 def recipe_of(name: str) -> Recipe:
@@ -158,9 +172,10 @@ def pretrained_model(name: str, recipe: Recipe, weights: Path | None) -> nn.Modu
     except (OSError, HfHubHTTPError) as error:
         source = timm.get_pretrained_cfg(recipe.model)
         raise ValueError(
-            f"encoder {name!r}: model.safetensors of hub repository {source.hf_hub_id!r} is neither in the cache "
-            f"({HF_HUB_CACHE}) nor could it be downloaded; give a local file as weights, or connect to the "
-            f"network ({type(error).__name__})"
+            f"encoder {name!r}: its weights are neither at {weights_file(recipe)}, nor is model.safetensors of hub "
+            f"repository {source.hf_hub_id!r} in the cache ({HF_HUB_CACHE}), nor could it be downloaded "
+            f"({type(error).__name__}); run `bash scripts/fetch.sh` where there is a network, or name a local file by "
+            "--encoder-weights"
         ) from error
     except RuntimeError as error:
         if weights is None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models.encoder import Recipe, encoders, load_encoder
+from models.encoder import Recipe, encoders, load_encoder, weights_file
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,40 @@ def test_meta_is_plain_and_names_the_weights(weights):
     )
 
 
+def test_weights_are_looked_for_in_the_weights_folder_then_in_the_hubs_cache(weights, tmp_path, monkeypatch):
+    """Both on a machine with HF_HUB_OFFLINE=1; the cache as the hub's client keeps it."""
+    monkeypatch.setenv("GMEM_WEIGHTS", str(tmp_path / "folder"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    path, images = weights("test_vit")[1], pixels(1, 3, 160, 160)
+    expected = load_encoder("test_vit", path)(images)
+    repository, commit = tmp_path / "hub" / "models--timm--test_vit.r160_in1k", "0123456789" * 4
+    cached = repository / "snapshots" / commit / "model.safetensors"
+    for folder in (repository / "refs", cached.parent, tmp_path / "folder"):
+        folder.mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    cached.write_bytes(path.read_bytes())
+    encoder = load_encoder("test_vit")
+    assert torch.equal(encoder(images), expected)
+    assert encoder.meta()["sha256"] is None  # the hub's, whatever they are
+    cached.unlink()
+    local = tmp_path / "folder" / "test_vit.safetensors"
+    local.write_bytes(path.read_bytes())
+    assert torch.equal(load_encoder("test_vit")(images), expected)
+    assert load_encoder("test_vit@96").meta()["weights"] == local.name
+    assert weights_file(encoders["dinov2-vitb14"]).name == "vit_base_patch14_dinov2.lvd142m.safetensors"
+
+
+def test_compiling_reaches_every_block(weights, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **options: compiled.append(module))
+    encoder = load_encoder("test_vit", weights("test_vit")[1])
+    encoder.compile()
+    assert compiled == list(encoder.model.blocks)
+    load_encoder("test_efficientnet", weights("test_efficientnet")[1]).compile()  # runs as it is
+    assert len(compiled) == len(encoder.model.blocks)
+
+
 def test_packaged_weights_load():
     """EfficientNet-lite0 comes from its package, under timm's names."""
     encoder = load_encoder("efficientnet-lite0@64")
@@ -127,7 +161,9 @@ def test_packaged_weights_load():
 def test_what_a_user_can_get_wrong(weights, tmp_path, monkeypatch):
     path = weights("test_vit")[1]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"model\.safetensors of hub repository 'timm/vit_base_patch14_dinov2"):
+    with pytest.raises(
+        ValueError, match=r"at weights/vit_base_.*hub repository 'timm/vit_base_patch14_dinov2.*fetch\.sh"
+    ):
         load_encoder("dinov2-vitb14")
     with pytest.raises(ValueError, match="is none of dinov2-vitb14, efficientnet-lite0 and no model of timm"):
         load_encoder("dino")
