@@ -22,6 +22,7 @@ from torch import Tensor
 from loss import LINEAR, Interpolant, per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+SNIPPET_DRAW, LABEL_DRAW = 0, 1  # which of an image's uniform numbers draws what
 LAST_STEP = 0.04  # where the SDE's noise ends, as published
 
 
@@ -145,12 +146,18 @@ def guided(
     `channels=3` guides the first 3 channels of dimension 1 alone, as SiT's published numbers do.
     """
     low, high = interval
+    always = low <= 0 and high >= 1
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
         inside = (low <= t) & (t <= high)  # (B,)
-        if not inside.any():
-            return velocity(x, t)
-        strong, weak = velocity(x, t), weaker_velocity(x, t)  # (B, C, ...)
+        some = inside.any().to("cpu", non_blocking=True)
+        known = torch.get_device_module(x.device).Event()
+        known.record()
+        strong = velocity(x, t)  # (B, C, ...), at work on a GPU while this waits for `some`
+        known.synchronize()
+        if not (always or some):
+            return strong
+        weak = weaker_velocity(x, t)  # (B, C, ...)
         mixed = torch.where(per_sample(inside, strong), weak + scale * (strong - weak), strong)
         return mixed if channels is None else torch.cat([mixed[:, :channels], strong[:, channels:]], dim=1)
 
@@ -158,43 +165,57 @@ def guided(
 
 
 def noise(
-    seed: int, images: Tensor, step: int, shape: tuple[int, ...], device: str | torch.device | None = None
+    seed: int,
+    images: Tensor,
+    step: int,
+    shape: tuple[int, ...],
+    device: str | torch.device | None = None,
+    normals: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Standard normal numbers (B, *shape) float32, each a function of (seed, image, step, place in `shape`) alone.
 
-    `images` (B,) and `step` lie in [0, 2³²), `seed` in [0, 2⁶⁴); `device` is by default that of `images`.
-    Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) with the seed as its key gives
-    uniform numbers, which Box and Muller's transform makes normal. The transform runs in float64 and its result is
-    rounded to float32, so that the last bit of a CPU's or a GPU's logarithm does not show.
+    `images` (B,) and `step` lie in [0, 2³²), `seed` in [0, 2⁶⁴); `device` is by default that of `images`. `normals` may
+    be `normals_of` in compiled form, one kernel in place of many.
     """
     images = torch.as_tensor(images, dtype=torch.int64, device=device)
     size = math.prod(shape)
     blocks = torch.arange((size + 3) // 4, device=images.device)
-    words = _words(seed, images[:, None], step, blocks, stream=0)  # 4 × (B, size / 4), each in [0, 2³²)
-    uniforms = [(word.double() + 0.5) / 2**32 for word in words]  # in (0, 1): the logarithm is finite
+    address = _address(seed, images[:, None], step, blocks, stream=0)
+    numbers = (normals or normals_of)(*address)  # (B, size / 4, 4)
+    return numbers.flatten(1)[:, :size].reshape(-1, *shape)
+
+
+def normals_of(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> Tensor:
+    """Four standard normal numbers (..., 4) float32 for each Philox address.
+
+    Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) with the seed as its key gives
+    uniform numbers, which Box and Muller's transform makes normal. The transform runs in float64 and its result is
+    rounded to float32, so that the last bit of a CPU's or a GPU's logarithm does not show.
+    """
+    uniforms = [(word.double() + 0.5) / 2**32 for word in philox(counter, key)]  # in (0, 1): the logarithm is finite
     normals = []
     for u, angle in (uniforms[:2], uniforms[2:]):
         radius = (-2 * u.log()).sqrt()
         normals += [radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()]
-    return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(-1, *shape).float()
+    return torch.stack(normals, dim=-1).float()
 
 
 def uniform(seed: int, images: Tensor, draw: int, device: str | torch.device | None = None) -> Tensor:
     """Uniform numbers (B,) float64 in [0, 1), one an image for each `draw`: `noise`'s generator, another stream."""
     images = torch.as_tensor(images, dtype=torch.int64, device=device)
-    high, low, *_ = _words(seed, images, draw, torch.zeros_like(images), stream=1)
+    high, low, *_ = philox(*_address(seed, images, draw, torch.zeros_like(images), stream=1))
     return ((high << 21) | (low >> 11)).double() / 2**53
 
 
-def _words(seed: int, images: Tensor, step: int, blocks: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """The four Philox words of each address."""
+def _address(seed: int, images: Tensor, step: int, blocks: Tensor, stream: int) -> tuple[tuple[Tensor, ...], ...]:
+    """Philox's counter and key: tensors throughout, so that a compiled generator serves every step and seed."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed}: give a number from 0 to 2^64 - 1")
-    counter = (blocks, torch.full_like(blocks, step), images, torch.full_like(images, stream))
-    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    step, stream, low, high = (images.new_full((), word) for word in (step, stream, seed & 0xFFFFFFFF, seed >> 32))
+    return (blocks, step, images, stream), (low, high)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
     """Philox-4x32-10: four int64 tensors and two integers of 32 bits each -> four int64 tensors of 32 random bits each.
 
     The tensors of `counter` broadcast against each other. A product of two 32-bit numbers fills 64 bits; int64 wraps

@@ -230,6 +230,34 @@ def test_a_seed_out_of_range_is_an_error(seed):
         noise(seed, torch.arange(2), 0, (3,))
 
 
+def test_one_compiled_generator_serves_every_step_and_seed():
+    graphs = []
+    compiled = torch.compile(s.normals_of, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    images = torch.tensor([3, 70_000, 4_000_000_000])
+    for seed, step in ((0, 0), (1, 249), (2**64 - 1, 7)):
+        assert torch.equal(noise(seed, images, step, (2, 5), normals=compiled), noise(seed, images, step, (2, 5)))
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_guidance_does_not_wait_for_the_gpu():
+    x, t = torch.randn(2, 3, device="cuda"), torch.full((2,), 0.5, device="cuda").double()
+    for interval, factor in (((0, 1), 1), ((0.4, 0.6), 1), ((0.6, 1), 2)):
+        velocity = guided(lambda x, t: 2 * x, lambda x, t: 3 * x, 2, interval)
+        torch.cuda.set_sync_debug_mode("error")  # an event is waited for, the stream is not
+        out = velocity(x, t)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out, factor * x)
+
+
+@pytest.mark.gpu
+def test_noise_of_one_kernel_is_the_same_on_a_gpu():
+    images, compiled = torch.arange(64), torch.compile(s.normals_of, dynamic=False)
+    for seed, step in ((3, 9), (2**64 - 1, 249), (0, 0)):
+        on_gpu = noise(seed, images, step, (4, 32, 32), "cuda", normals=compiled)
+        assert torch.equal(on_gpu.cpu(), noise(seed, images, step, (4, 32, 32)))
+
+
 @pytest.mark.gpu
 def test_noise_is_the_same_on_a_gpu():
     images = torch.arange(64)
