@@ -9,9 +9,16 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+HOST = re.sub(r"\W", "-", platform.node())
+TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]*)-(?P<pid>\d+)\.tmp(\.[^.]+)?")
+DAY = 86_400  # seconds
 
 
 @contextlib.contextmanager
@@ -26,7 +33,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{HOST}-{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -40,6 +47,37 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(*folders: str | os.PathLike) -> None:
+    """Remove what killed processes have left in folders under `atomic`'s temporary names.
+
+    A file is stale if its process has ended; one of another machine, whose processes cannot be asked, after a day.
+    """
+    for folder in map(Path, folders):
+        for path in folder.glob(".*.tmp*"):
+            name = TEMPORARY.fullmatch(path.name)
+            if name and (not running(int(name["pid"])) if name["host"] == HOST else aged(path)):
+                path.unlink(missing_ok=True)
+
+
+def running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def aged(path: Path) -> bool:
+    """Whether nothing has been written to a file for a day."""
+    try:
+        return time.time() - path.stat().st_mtime > DAY
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

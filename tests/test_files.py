@@ -1,13 +1,17 @@
 """Files are whole or absent, also when writing fails half-way or the disk is full."""
 
 import hashlib
+import multiprocessing
+import os
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from memory.files import atomic, check_folder, free_space, read_json, sha256, write_json
+from memory.files import DAY, HOST, atomic, check_folder, free_space, read_json, remove_stale, sha256, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -23,6 +27,30 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         interrupted()
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_process_leaves_is_removed_and_nothing_else(tmp_path):
+    def half_written():
+        with atomic(tmp_path / "result.json") as temporary:
+            temporary.write_text("half of a fi")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=half_written)
+    killed.start()
+    killed.join()
+    assert [path.suffixes[-2:] for path in tmp_path.iterdir()] == [[".tmp", ".json"]]
+    others = [
+        f".log.{HOST}-{os.getpid()}.tmp.json",  # of a running process
+        f".log.{HOST}-1.tmp.json",  # of another user's
+        ".log.elsewhere-99.tmp.json",  # of another machine's
+        f".log.{HOST}-{killed.pid}.json",
+        f"log.{HOST}-{killed.pid}.tmp.json",
+    ]
+    for name in (*others, ".older.elsewhere-99.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".older.elsewhere-99.tmp", times=(0, time.time() - DAY - 60))
+    remove_stale(tmp_path, tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_sha256_is_the_hash_of_the_bytes(tmp_path):
