@@ -104,9 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sample-every", type=int, default=5_000, help="steps between grids of samples; 0 never")
     add("--codec", help="where the store's codec lies now, to decode the grids; by its own name if not given")
     add("--stage", metavar="DIR", help="copy the store to this fast disk first, sequentially, and read it there")
-    add(
-        "--resident", action="store_true", help="keep store and bank in GPU memory (1.28M images: 21 GB a view, and the bank)"
-    )
+    add("--resident", action="store_true", help="keep store and bank on the GPU (21 GB for 1.28M images in one view)")
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")
@@ -231,14 +229,10 @@ class Trainer:
         processes = accelerator.num_processes
         if args.batch_size % processes:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {processes} processes")
-        self.local_batch = args.batch_size // processes
-        self.micro_batch = args.micro_batch or self.local_batch
         if self.local_batch % self.micro_batch:
             raise ValueError(
                 f"--micro-batch {self.micro_batch} does not divide the {self.local_batch} images of a process"
             )
-        start = accelerator.process_index * self.local_batch
-        self.rows = slice(start, start + self.local_batch)  # this process's part of the global batch
 
         torch.manual_seed(args.seed)
         self.network = build(args, data).to(self.device)
@@ -263,6 +257,22 @@ class Trainer:
                     f"--align-coeff: {self.args.model} has {tokens} tokens, the alignment's encoder {patches} patches; "
                     "choose an input size of the encoder (NAME@SIZE) that gives as many"
                 )
+
+    @property
+    def local_batch(self) -> int:
+        """Images of a step in this process."""
+        return self.args.batch_size // self.accelerator.num_processes
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a forward pass."""
+        return self.args.micro_batch or self.local_batch
+
+    @property
+    def rows(self) -> slice:
+        """This process's part of the global batch."""
+        start = self.accelerator.process_index * self.local_batch
+        return slice(start, start + self.local_batch)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -368,12 +378,11 @@ class Trainer:
                 worker_init_fn=leave_signals_alone,
             )
 
-    def train_step(self, batch: dict) -> None:
-        """One optimiser step on the global batch of `self.step`, accumulated over micro-batches; no host sync."""
+    def accumulate(self, batch: dict) -> Tensor:
+        """Gradients of the global batch of `self.step`, by micro-batches; sums (3,) of this process's losses."""
         args = self.args
-        draws = draw(args.seed, self.step, args.batch_size, self.network.latent_shape, args.time, self.device)[
-            self.rows
-        ]
+        draws = draw(args.seed, self.step, args.batch_size, self.network.latent_shape, args.time, self.device)
+        draws = draws[self.rows]
         latents, cond = self.data.latents(batch, draws.posterior), self.data.cond(batch)
         targets = self.data.align_targets(batch)
         sums = []
@@ -386,11 +395,15 @@ class Trainer:
                 self.accelerator.backward(losses.total.sum() / self.local_batch)  # processes are averaged
             align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
             sums.append(torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()]))
+        return torch.stack(sums).sum(0)
+
+    def train_step(self, batch: dict) -> None:
+        """One optimiser step on the global batch of `self.step`; the host never waits for the device."""
+        losses = self.accumulate(batch).double() / self.args.batch_size  # (3,) of this process's rows
         norm = self.update(self.step)
-        processes = self.accelerator.num_processes
-        losses_of_step = torch.stack(sums).sum(0).double() / args.batch_size  # (3,) of this process's rows
-        self.sums += torch.cat([losses_of_step, torch.stack([norm, torch.ones_like(norm)]).double() / processes])
-        finite = torch.isfinite(norm) & torch.isfinite(losses_of_step[0])
+        shared = torch.stack([norm, torch.ones_like(norm)]).double() / self.accelerator.num_processes
+        self.sums += torch.cat([losses, shared])
+        finite = torch.isfinite(norm) & torch.isfinite(losses[0])
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.step, self.bad_step)
         self.step += 1
 
@@ -600,17 +613,8 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train, as the command line says."""
-    args = parse(argv)
-    lacking = missing(args)
-    if lacking and args.dry_run:  # what is missing tells the shapes: assume ImageNet's at 256 pixels
-        with torch.device("meta"):
-            network = SiT_models[args.model](condition=args.condition, **model_options(args.model_options))
-        print(describe(args, network, int(os.environ.get("WORLD_SIZE", 1)), {}))
-        sys.exit("missing (latents of 4×32×32 and snippets of 768 assumed above):\n  " + "\n  ".join(lacking))
-    if lacking:
-        raise ValueError("; ".join(lacking))
+def launch(args: argparse.Namespace) -> accelerate.Accelerator:
+    """Join the launcher's other processes, with the precision that the command line asks for."""
     on_gpu = torch.cuda.is_available()
     accelerator = accelerate.Accelerator(
         cpu=not on_gpu,
@@ -623,6 +627,21 @@ def main(argv: list[str] | None = None) -> None:
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "accelerate and torchrun disagree"
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, as the command line says."""
+    args = parse(argv)
+    lacking = missing(args)
+    if lacking and args.dry_run:  # what is missing tells the shapes: assume ImageNet's at 256 pixels
+        with torch.device("meta"):
+            network = SiT_models[args.model](condition=args.condition, **model_options(args.model_options))
+        print(describe(args, network, int(os.environ.get("WORLD_SIZE", 1)), {}))
+        sys.exit("missing (latents of 4×32×32 and snippets of 768 assumed above):\n  " + "\n  ".join(lacking))
+    if lacking:
+        raise ValueError("; ".join(lacking))
+    accelerator = launch(args)
     trainer = Trainer(args, accelerator, Pairs(args, accelerator.device))
     trainer.check()
     if args.dry_run:

@@ -43,5 +43,8 @@ def compile_blocks(network: nn.Module, **options: object) -> None:
     The blocks share their code, so the first call with new shapes compiles once for all of them (seconds, not the
     minutes of a whole network). `options` go to torch.compile.
     """
+    torch._dynamo.config.optimize_ddp = (
+        False  # it would cut each block at DDP's buckets, and blocks overlap well enough
+    )
     for block in network.blocks:
         block.compile(dynamic=False, **options)

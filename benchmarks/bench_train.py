@@ -1,0 +1,388 @@
+"""How fast train.py trains: images/s, TFLOP/s, share of the matrix-product ceiling and memory, on random data.
+
+    python -m benchmarks.bench_train --reference --profile --out benchmarks/results/train.json
+    python -m benchmarks.bench_train --memory --out benchmarks/results/train-memory.json
+    torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --out benchmarks/results/train-ddp.json
+
+The steps are `train.Trainer`'s own, on a random store and bank. Before anything is timed, the loss and the gradients of
+one step are compared with plain float32 on the same device. Floating-point operations are counted on the plain network,
+three times a forward pass; the ceiling is a bf16 product of two random 8192×8192 matrices in the same run.
+Batches are images a process. Under torchrun the steps are also timed without exchanging gradients.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from dataset import FORMAT, META, layout
+from loss import FlowMatchingLoss, draw
+from memory.bank import MemoryBank
+from memory.files import write_json
+from memory.pairs import Pairs
+from models.kernels import fast_attention
+from models.sit import SiT_models
+
+LATENT, SNIPPET_DIM, IMAGES, SNIPPETS = (4, 32, 32), 768, 4096, 1024
+CHECKED = 32  # images of the step that is compared with float32
+LIMIT = 22 * 2**30  # bytes that --memory leaves to a run: a card of 24 GB
+SMALL_CARD = (("SiT-S/2", 256), ("SiT-B/2", 128), ("SiT-L/2", 32), ("SiT-XL/2", 16), ("SiT-XL/2", 32))
+GROUPS = {  # kinds of kernels, by words in their names; the first that matches counts
+    "communication": ("nccl",),
+    "attention": ("flash", "sdpa", "fmha", "attention"),
+    "optimizer": ("multi_tensor", "adam", "update"),
+    "matmul": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
+    "copies": ("memcpy", "memset"),
+    "norm, pointwise": ("",),
+}
+
+
+def make_data(folder: Path) -> None:
+    """A store of random moments and features, and a random bank that was assigned to it."""
+    shape = [2 * LATENT[0], *LATENT[1:]]
+    codec = {"name": "random", "scale": 0.18215, "shift": 0.0, "latent_shape": list(LATENT), "moments_shape": shape}
+    meta = {"format": FORMAT, "num_images": IMAGES, "num_views": 1, "views": ["original"], "image_size": 256}
+    meta |= {"codec": codec | {"dtype": "float16", "image_channels": 3, "sha256": None}, "image_channels": 3}
+    meta |= {"encoders": {"random": {"dim": SNIPPET_DIM}}, "patches": {}, "has_images": False, "num_classes": 1000}
+    random = np.random.default_rng(0)
+    for file, (shape, dtype) in layout(meta).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / file, random.random(shape, np.float32).astype(dtype))
+    write_json(folder / META, meta | {"fingerprint": "random", "complete": True})
+    assignment = torch.from_numpy(random.integers(0, SNIPPETS, (IMAGES, 1)))
+    snippets = torch.randn(SNIPPETS, SNIPPET_DIM, generator=torch.Generator().manual_seed(0))
+    facts = {"encoder": "random", "store_fingerprint": "random"}
+    MemoryBank(snippets, [1] * SNIPPETS, assignment, facts).save(folder / "bank" / "bank.pth")
+
+
+def make_trainer(folder: Path, model: str, batch: int, more: list[str]) -> train.Trainer:
+    """train.py's trainer, on the random data; the layers that start at zero get random weights."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    words = ["--store", folder, "--bank", folder / "bank", "--out", folder / "run", "--model", model]
+    words += ["--batch-size", batch * world, "--steps", 1_000_000, "--sample-every", 0, "--eval-every", 0, *more]
+    args = train.parse(list(map(str, words)))
+    accelerator = train.launch(args)
+    trainer = train.Trainer(args, accelerator, Pairs(args, accelerator.device))
+    randomize(trainer.network)
+    return trainer
+
+
+@torch.no_grad()
+def randomize(network: nn.Module) -> None:
+    """Gates and output away from zero, where gradients and kernels would be trivial."""
+    modulations = [part.adaLN_modulation[1] for part in (*network.blocks, network.final_layer)]
+    for module in (*modulations, network.final_layer.linear):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_a_step(step: Callable[[], None], steps: int) -> float:
+    """Median over three parts of `steps` steps each, the device finished at the end of each part."""
+    parts = []
+    for _ in range(3):
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize()
+        parts.append((time.perf_counter() - begin) / steps)
+    return statistics.median(parts)
+
+
+def ceiling(device: torch.device) -> float:
+    """TFLOP/s of a bf16 product of random matrices, the rate that no network exceeds."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    seconds_a_step(lambda: a @ b, 3)
+    return 2 * size**3 / seconds_a_step(lambda: a @ b, 10) / 1e12
+
+
+@torch.no_grad()
+def training_flops(network: nn.Module, device: torch.device) -> int:
+    """Operations of a training step for one image: a forward pass, and twice as many backward."""
+    x, t, snippet = (torch.rand(1, *shape, device=device) for shape in (LATENT, (), (SNIPPET_DIM,)))
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, snippet)
+    return 3 * counter.get_total_flops()
+
+
+def difference(given: list[Tensor], expected: list[Tensor]) -> float:
+    """‖given − expected‖ / ‖expected‖ over lists of tensors."""
+    squares = [(a.double() - b.double()).square().sum() for a, b in zip(given, expected, strict=True)]
+    return float((sum(squares) / sum(b.double().square().sum() for b in expected)).sqrt())
+
+
+def check(trainer: train.Trainer, plain: nn.Module) -> dict[str, float]:
+    """Relative errors of one step's loss and gradients, of train.py's path and of the plain one in the same precision,
+    against the plain network in float32 without tf32.
+
+    Raises:
+        AssertionError: train.py's path is further from float32 than the plain path by more than a quarter.
+    """
+    fast, batch = trainer.model, next(trainer.batches())
+    precision = torch.bfloat16 if trainer.args.precision == "bf16" else None
+
+    def step(model: nn.Module, network: nn.Module, context: contextlib.AbstractContextManager) -> tuple[float, list]:
+        trainer.model = model
+        with context:
+            loss = float(trainer.accumulate(batch)[0])
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.requires_grad]
+        network.zero_grad(set_to_none=True)
+        return loss, gradients
+
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        loss, gradients = step(plain, plain, contextlib.nullcontext())
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    autocast = torch.autocast(trainer.device.type, precision, enabled=precision is not None)
+    paths = {"plain": step(plain, plain, autocast)}
+    with fast_attention(trainer.device):
+        paths["train.py"] = step(fast, trainer.network, contextlib.nullcontext())
+    trainer.model, errors = fast, {}
+    for name, (its_loss, its_gradients) in paths.items():
+        errors[f"loss, {name}"] = abs(its_loss - loss) / loss
+        errors[f"gradients, {name}"] = difference(its_gradients, gradients)
+    assert errors["gradients, train.py"] <= 1.25 * errors["gradients, plain"] + 1e-6, errors
+    return errors
+
+
+def timed(trainer: train.Trainer, batch: int, steps: int) -> dict:
+    """Speed and memory of train.py's steps with `batch` images a process."""
+    trainer.args.batch_size = batch * trainer.accelerator.num_processes
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    batches = trainer.batches()
+    begin = time.perf_counter()
+    trainer.train_step(next(batches))
+    synchronize()
+    first = time.perf_counter() - begin
+    trainer.train_step(next(batches))
+    with no_waiting(trainer.device):
+        trainer.train_step(next(batches))
+    seconds = seconds_a_step(lambda: trainer.train_step(next(batches)), steps)
+    trainer.check_finite()
+    return {"seconds_a_step": seconds, "first_step_seconds": first, **memory()}
+
+
+@contextlib.contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raise if the host waits for the GPU inside."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def memory() -> dict[str, float]:
+    """Peak GPU memory in GB, of tensors and as reserved."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+    }
+
+
+def peers(network: nn.Module, batch: int, steps: int, device: torch.device) -> dict:
+    """The recipe of SiT's and REPA's scripts: eager fp16 autocast with a scaler, AdamW not fused, an average tensor by
+    tensor, default attention, and the loss brought to the host in every step."""
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=0.0)
+    half, loss_of = torch.float16 if device.type == "cuda" else torch.bfloat16, FlowMatchingLoss()
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    latents, snippets = torch.randn(batch, *LATENT, device=device), torch.randn(batch, SNIPPET_DIM, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, half):
+            loss = loss_of(network, latents, snippets, draw(0, 0, batch, LATENT, device=device)).total.mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for ours, theirs in zip(average.parameters(), network.parameters(), strict=True):
+                ours.mul_(0.9999).add_(theirs, alpha=1 - 0.9999)
+        loss.item()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    return {"seconds_a_step": seconds_a_step(step, steps), **memory()}
+
+
+def where_time_goes(trainer: train.Trainer, batch: int) -> dict:
+    """Milliseconds a step by kind of kernel, and the largest kernels, from three profiled steps."""
+    trainer.args.batch_size, steps = batch * trainer.accelerator.num_processes, 3
+    batches = trainer.batches()
+    trainer.train_step(next(batches))
+    synchronize()
+    begin = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            trainer.train_step(next(batches))
+        synchronize()
+    wall = (time.perf_counter() - begin) / steps * 1e3
+    kernels = [event for event in record.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    groups, largest = dict.fromkeys(GROUPS, 0.0), []
+    for event in kernels:
+        name, milliseconds = event.key, event.self_device_time_total / 1e3 / steps
+        group = next(kind for kind, words in GROUPS.items() if any(word in name.lower() for word in words))
+        groups[group] += milliseconds
+        largest.append({"kernel": name[:100], "group": group, "ms": milliseconds, "calls": event.count / steps})
+    groups["idle (profiled)"] = max(0.0, wall - sum(groups.values()))
+    return {"batch": batch, "ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
+
+
+def small_cards(folder: Path, steps: int) -> list[dict]:
+    """Peak memory and speed of presets and micro-batches within 22 GiB, accumulated to 256 images."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT / total))
+    rows = []
+    for model, micro in SMALL_CARD:
+        for more in ([], ["--checkpoint-activations"]):
+            row = {"model": model, "micro_batch": micro, "checkpoint_activations": bool(more)}
+            trainer = make_trainer(folder, model, 256, ["--micro-batch", str(micro), *more])
+            trainer.prepare()
+            try:
+                row |= timed(trainer, 256, steps)
+                row["images_per_second"] = 256 / row["seconds_a_step"]
+            except torch.OutOfMemoryError:
+                row["images_per_second"] = None
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = None
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def show(rows: list[dict], columns: dict[str, str]) -> None:
+    """Print a table; `columns` maps keys of the rows to formats."""
+    print("  ".join(f"{key:>17}" for key in columns))
+    for row in rows:
+        cells = ["-" if row.get(key) is None else format(row[key], how) for key, how in columns.items()]
+        print("  ".join(f"{cell:>17}" for cell in cells))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time train.py's steps on random data.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="SiT-XL/2", choices=SiT_models, metavar="NAME", help="a preset of models/sit.py")
+    add("--batches", type=int, nargs="+", default=[32, 128], help="images a process, one row each")
+    add("--steps", type=int, default=10, help="steps in each of three timed parts")
+    add("--reference", action="store_true", help="also time the peers' plain recipe")
+    add("--profile", action="store_true", help="also show where the time of the largest batch goes")
+    add("--memory", action="store_true", help="only the table of memory within 22 GiB, on a GPU")
+    add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
+    add("--out", type=Path, required=True, help="JSON file of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder))
+        result = small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder))
+    if int(os.environ.get("RANK", 0)) == 0:
+        on_gpu = torch.cuda.is_available()
+        facts = {
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+            "command": "python -m benchmarks.bench_train " + " ".join(sys.argv[1:] if argv is None else argv),
+            "date": str(date.today()),
+        }
+        write_json(args.out, facts | result)
+        print(json.dumps(facts))
+
+
+def small_table(args: argparse.Namespace, folder: Path) -> dict:
+    """The table of --memory."""
+    rows = small_cards(folder, args.steps)
+    show(
+        rows,
+        {"model": "", "micro_batch": "", "checkpoint_activations": "", "images_per_second": ".1f", "peak_gb": ".1f"},
+    )
+    return {"limit_gib": LIMIT / 2**30, "rows": rows}
+
+
+def speed_table(args: argparse.Namespace, folder: Path) -> dict:
+    """The table of speeds, after the comparison with float32."""
+    begin = time.perf_counter()
+    trainer = make_trainer(folder, args.model, CHECKED, args.train_args)
+    device, world = trainer.device, trainer.accelerator.num_processes
+    plain = copy.deepcopy(trainer.network)
+    trainer.prepare()
+    result = {"start_seconds": time.perf_counter() - begin, "ceiling_tflops": ceiling(device)}
+    flops = training_flops(plain, device)
+    if world == 1:
+        result["errors against float32"] = check(trainer, plain)
+        trainer.accelerator.print(json.dumps(result))
+    rows = []
+
+    def add_row(what: str, batch: int, processes: int, numbers: dict) -> None:
+        rate = batch * processes / numbers["seconds_a_step"]
+        tflops = rate / processes * flops / 1e12
+        row = {"what": what, "batch": batch, "images_per_second": rate, "tflops": tflops}
+        rows.append(row | {"share_of_ceiling": tflops / result["ceiling_tflops"], **numbers})
+        trainer.accelerator.print(json.dumps(rows[-1]), flush=True)
+
+    with fast_attention(device):
+        for batch in args.batches:
+            if world > 1:
+                exchanging = trainer.model
+                trainer.model = trainer.accelerator.prepare_model(trainer.network, evaluation_mode=True)
+                add_row("one process alone", batch, 1, timed(trainer, batch, args.steps))
+                trainer.model = exchanging
+            add_row("train.py", batch, world, timed(trainer, batch, args.steps))
+            if world > 1:
+                rows[-1]["share_of_linear"] = rows[-1]["images_per_second"] / world / rows[-2]["images_per_second"]
+        if args.profile:
+            result["profile"] = where_time_goes(trainer, args.batches[-1])
+    trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = None
+    if args.reference:
+        for batch in args.batches:
+            add_row("peers' recipe", batch, 1, peers(plain, batch, max(1, args.steps // 3), device))
+    columns = {"what": "", "batch": "", "images_per_second": ".1f", "tflops": ".0f", "share_of_ceiling": ".1%"}
+    columns |= {"peak_gb": ".1f", "first_step_seconds": ".1f", "share_of_linear": ".1%"}
+    if trainer.accelerator.is_main_process:
+        show(rows, columns)
+        for group, milliseconds in result.get("profile", {}).get("ms", {}).items():
+            print(f"{milliseconds:9.2f} ms  {group}")
+    return result | {"operations_an_image": flops, "rows": rows}
+
+
+if __name__ == "__main__":
+    main()
