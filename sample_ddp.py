@@ -37,30 +37,19 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from loss import interpolants
-from memory.bank import MemoryBank
+from memory.bank import read_snippets, snippet_rules
 from memory.files import atomic, check_folder, read_json, sha256, write_json
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.sit import SiT
-from samplers import LAST_STEP, Velocity, guided, noise, samplers, sde_samplers, uniform
+from samplers import LABEL_DRAW, LAST_STEP, SNIPPET_DRAW, Velocity, guided, noise, samplers, sde_samplers, uniform
 
 PREVIEW = 64  # images in the preview grid
-SNIPPET_DRAW, LABEL_DRAW = 0, 1  # addresses of an image's uniform numbers
 CHUNK = 1 << 24  # bytes copied at once
 
 
-def draw_by_frequency(bank: MemoryBank, seed: int, images: Tensor, z: Tensor) -> Tensor:
-    """Rows (B,) of the bank, each drawn with probability freq/Σfreq by a uniform number of its image."""
-    cumulative = bank.freq.cumsum(0)  # (K,)
-    return torch.searchsorted(cumulative, (uniform(seed, images, SNIPPET_DRAW) * cumulative[-1]).long(), right=True)
-
-
-# How images (B,) choose their rows of the bank, and their labels, by the seed and their starting noise z.
-snippet_rules: dict[str, Callable[[MemoryBank, int, Tensor, Tensor], Tensor]] = {
-    "noise": lambda bank, seed, images, z: bank.indices_from_noise(z),
-    "random": draw_by_frequency,
-}
+# How images (B,) get their labels.
 label_rules: dict[str, Callable[[int, Tensor, int], Tensor]] = {
     "random": lambda seed, images, num_classes: (uniform(seed, images, LABEL_DRAW) * num_classes).long(),
     "balanced": lambda seed, images, num_classes: images % num_classes,
@@ -239,7 +228,8 @@ class Generator:
             given["label"] = labels.to(self.device)
         if "snippet" in self.kinds:
             if self.entries is None:
-                chosen = snippet_rules[args.snippets](self.bank, args.seed, images, z)  # (B,)
+                u = uniform(args.seed, images, SNIPPET_DRAW)  # (B,)
+                chosen = snippet_rules[args.snippets](self.bank, z, u)  # (B,)
             else:
                 chosen = self.entries[images % len(self.entries)]  # (B,) or (B, F)
             given["snippet"] = (self.bank[chosen] if chosen.ndim == 1 else chosen).to(self.device)  # (B, F)
@@ -283,35 +273,6 @@ class Generator:
             )
         pixels = to_uint8(self.codec.decode(latents), args.uint8)  # (B, c, H, W)
         return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def read_snippets(path: str) -> Tensor:
-    """Rows (M,) long of a bank, or vectors (M, F) float32, from a text or npy file.
-
-    Raises:
-        ValueError: no such file, nothing in it, another shape or type, or a vector without a direction.
-    """
-    file = Path(path)
-    if not file.is_file() or file.suffix not in (".txt", ".npy"):
-        raise ValueError(f"--snippets {path}: expected {', '.join(snippet_rules)}, or an existing .txt or .npy file")
-    try:
-        if file.suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
-        else:
-            array = np.array(file.read_text().split(), np.int64)
-    except ValueError as error:
-        raise ValueError(f"--snippets {path}: no whole numbers as text and no plain array ({error})") from error
-    if array.size and array.ndim == 1 and array.dtype.kind in "iu":
-        return torch.from_numpy(array.astype(np.int64))
-    if not array.size or array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(f"--snippets {path} is {array.dtype} {array.shape}: expected M integers or (M, F) floats")
-    vectors = torch.from_numpy(array.astype(np.float32))
-    bad = ~(vectors.isfinite().all(dim=1) & vectors.any(dim=1))  # (M,)
-    if bad.any():
-        raise ValueError(
-            f"--snippets {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first"
-        )
-    return vectors
 
 
 class Output:

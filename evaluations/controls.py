@@ -41,11 +41,10 @@ from evaluations.images import ChosenImages, ImageSet
 from evaluations.reference import Reference
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, nearest
-from memory.bank import MemoryBank
+from memory.bank import MemoryBank, snippet_rules
 from memory.files import sha256, write_json
 from memory.provenance import provenance
-from sample_ddp import snippet_rules
-from samplers import noise
+from samplers import SNIPPET_DRAW, noise, uniform
 
 DRAWN = 1024  # snippets drawn at once, since each takes the whole starting noise of its image
 
@@ -148,7 +147,8 @@ def rows_of_snippets(samples: Samples, bank: MemoryBank, store: LatentDataset, d
     drawn = []
     for images in torch.arange(samples.count).split(DRAWN):
         z = noise(settings["seed"], images, 0, shape, device)  # (B, C, h, w)
-        drawn.append(snippet_rules[settings["snippets"]](bank, settings["seed"], images, z).to(device))
+        u = uniform(settings["seed"], images, SNIPPET_DRAW)  # (B,)
+        drawn.append(snippet_rules[settings["snippets"]](bank, z, u).to(device))
     different, back = torch.cat(drawn).unique(return_inverse=True)
     space = FeatureSpace(settings["encoder"])
     found = nearest(space.points(bank[different]), space.stored(store.path), space, title="images of the snippets")

@@ -1,14 +1,15 @@
 """The memory bank: K snippets, how often each is drawn, and three ways to choose one.
 
 Training takes the row nearest to an image; sampling the row that its starting noise points to, as the first release of
-GMem (arXiv 2412.08781) does, or a row drawn by frequency. That release's `bank.pth` and `bank.freq` are read as is.
+GMem (arXiv 2412.08781) does, or a row drawn by frequency (`snippet_rules`). That release's `bank.pth` and `bank.freq`
+are read as is.
 """
 
 import contextlib
 import math
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,11 @@ class MemoryBank:
         last = torch.searchsorted(self._cumulative, total)  # the first row that reaches the total
         return index.clamp(max=last).to(self.snippets.device)
 
+    def indices_from_uniform(self, u: torch.Tensor) -> torch.Tensor:
+        """Rows (B,) long that uniform numbers u (B,) float64 in [0, 1) draw, each with probability freq/Σfreq."""
+        drawn = (u.cpu() * self._cumulative[-1]).long()
+        return torch.searchsorted(self._cumulative, drawn, right=True).to(self.snippets.device)
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Rows (n,) long drawn independently with probability freq/Σfreq, from a generator on the CPU."""
         draw = torch.randint(int(self._cumulative[-1]), (n,), generator=generator)
@@ -171,6 +177,42 @@ class MemoryBank:
         """Nearest rows (N, V) int32, in main memory, of features (N, V, F), an array that may lie on disk."""
         chunks = (torch.from_numpy(np.array(features[start : start + ROWS])) for start in range(0, len(features), ROWS))
         return torch.cat([self.nearest(some.flatten(0, 1)).view(some.shape[:2]).int().cpu() for some in chunks])
+
+
+# How images choose their rows (B,) of a bank: by their starting noise z (B, C, H, W) or a uniform number u (B,) each.
+snippet_rules: dict[str, Callable[[MemoryBank, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "noise": lambda bank, z, u: bank.indices_from_noise(z),
+    "random": lambda bank, z, u: bank.indices_from_uniform(u),
+}
+
+
+def read_snippets(path: str) -> torch.Tensor:
+    """Rows (M,) long of a bank, or vectors (M, F) float32, from a text or npy file.
+
+    Raises:
+        ValueError: no such file, nothing in it, another shape or type, or a vector without a direction.
+    """
+    file = Path(path)
+    if not file.is_file() or file.suffix not in (".txt", ".npy"):
+        raise ValueError(f"--snippets {path}: expected {', '.join(snippet_rules)}, or an existing .txt or .npy file")
+    try:
+        if file.suffix == ".npy":
+            array = np.load(file, allow_pickle=False)
+        else:
+            array = np.array(file.read_text().split(), np.int64)
+    except ValueError as error:
+        raise ValueError(f"--snippets {path}: no whole numbers as text and no plain array ({error})") from error
+    if array.size and array.ndim == 1 and array.dtype.kind in "iu":
+        return torch.from_numpy(array.astype(np.int64))
+    if not array.size or array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"--snippets {path} is {array.dtype} {array.shape}: expected M integers or (M, F) floats")
+    vectors = torch.from_numpy(array.astype(np.float32))
+    bad = ~(vectors.isfinite().all(dim=1) & vectors.any(dim=1))  # (M,)
+    if bad.any():
+        raise ValueError(
+            f"--snippets {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first"
+        )
+    return vectors
 
 
 def _read(path: Path) -> object:
