@@ -354,8 +354,12 @@ class SiT(nn.Module):
             return_tokens: also return the alignment heads' outputs, a list of (B, T, align_dim).
             uniforms: (B, 2) in [0, 1), the random numbers of the drops; drawn from torch's generator if not given.
         """
-        tokens = []
         c = self.t_embedder(t) + self.embed_condition(cond, len(x), uniforms)  # (B, D)
+        return self.velocity(x, c, return_tokens)
+
+    def velocity(self, x: Tensor, c: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """`forward` from c (B, D) on, the embedding of time and condition; the latter lasts a whole trajectory."""
+        tokens = []
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         run = forget_inside if self.checkpoint_activations else nn.Module.__call__
         for depth, block in enumerate(self.blocks, start=1):
