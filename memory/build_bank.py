@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
-from memory.files import atomic, check_folder, read_json, sha256
+from memory.files import atomic, check_folder, read_json, remove_stale, sha256
 from memory.kmeans import Shards, cosines, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
 
 FORMAT = 1  # of bank.json
+UNFINISHED = ".unfinished"  # beside a bank while it is written: the same command may replace what lies there
 ROWS = 65536  # features read at once
 BINS = 50  # of the histogram, at most
 ORDER = 1  # address of the row order among the random numbers of one seed; k-means draws its start by itself
@@ -77,8 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     holdout = LatentDataset(beside, args.encoder) if beside.is_dir() else None
     settings = settings_of(args, store)
     if is_complete(args.out, settings):
+        (args.out / UNFINISHED).unlink(missing_ok=True)
         say(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
         return
+    remove_stale(args.out)
     say(requirements(args.out, settings, len(store), store.num_views, state.num_processes))
     for part in filter(None, (store, holdout)):
         check_features(part, state)
@@ -95,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         draw_histogram(report["cluster_sizes"], args.out / "histogram.png")
         run = provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)}
         bank.meta = {**settings, **report, "parent": None, "edit": None, "run": run}
+        (args.out / UNFINISHED).touch()
         bank.save(args.out / "bank.pth")
+        (args.out / UNFINISHED).unlink()
     say_report(report, say)
     say(f"wrote {args.out / 'bank.pth'}")
     state.destroy_process_group()
@@ -136,10 +141,9 @@ def is_complete(out: Path, settings: dict) -> bool:
     meta = out / "bank.json"
     check_folder("--out", out)
     if not meta.is_file():
-        if (out / "bank.pth").exists():
+        if (out / "bank.pth").exists() and not (out / UNFINISHED).exists():
             raise ValueError(
-                f"{out / 'bank.pth'} exists without a bank.json: it was downloaded, or its writing was cut off; "
-                "give another --out, or remove it"
+                f"{out / 'bank.pth'} exists without a bank.json, so another made it; give another --out, or remove it"
             )
         return False
     present = read_json(meta)

@@ -246,6 +246,23 @@ def test_features_with_nan_or_zeros_are_named_by_file_and_row(tmp_path, part):
     assert not (tmp_path / "bank").exists()
 
 
+def test_a_bank_whose_writing_was_cut_off_is_made_again(store, built, tmp_path, monkeypatch):
+    save = MemoryBank.save
+
+    def cut_off(bank, path):
+        save(bank, path)
+        path.with_suffix(".json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MemoryBank, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(store, tmp_path / "bank", "--k", 60, "--passes", 4))
+    monkeypatch.undo()
+    main(command(store, tmp_path / "bank", "--k", 60, "--passes", 4))
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == sorted(path.name for path in built.iterdir())
+    assert (tmp_path / "bank" / "bank.pth").read_bytes() == (built / "bank.pth").read_bytes()
+
+
 def test_a_foreign_or_damaged_bank_is_not_overwritten(store, tmp_path):
     MemoryBank(torch.eye(3, 12), [1, 1, 1]).save(tmp_path / "bank.pth")
     (tmp_path / "bank.json").unlink()
