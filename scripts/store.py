@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import LABELS, META, NAMES, PROGRESS, layout
-from memory.files import atomic, read_json, write_json
+from memory.files import atomic, read_json, remove_stale, write_json
 from scripts.sources import Source
 
 JOB, PART = "job.json", "rows-{}.json"
@@ -112,6 +112,7 @@ class Job:
         """Make the files that do not exist yet, all their blocks allocated, so that a full disk shows now and not after
         hours; then note the job."""
         arrays = layout(self.meta)
+        remove_stale(*{(self.path / file).parent for file in (META, *arrays)})
         if not (self.path / PROGRESS / JOB).exists():
             shutil.rmtree(self.path / PROGRESS, ignore_errors=True)  # of an earlier job, stopped while it cleaned up
         for file in self.files:
