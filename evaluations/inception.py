@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from memory.files import sha256
+from memory.files import sha256, weights_folder
+from scripts.fetch import url_of
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SAME_FILE = "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's name for the same bytes
-URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+URL = url_of(WEIGHTS)
+REMEDY = f"`bash scripts/fetch.sh` gets {WEIGHTS} from {URL}"
 VARIABLE = "INCEPTION_WEIGHTS"
 SPATIAL_CHANNELS = 7
 
@@ -33,19 +35,20 @@ class Features(NamedTuple):
 
 
 def find_weights(path: str | os.PathLike | None = None) -> Path:
-    """The weights file: `path`, else $INCEPTION_WEIGHTS, else torch hub's cache; ValueError says where it looked."""
+    """The weights file: `path`, else $INCEPTION_WEIGHTS, else in the weights folder, else in torch hub's cache;
+    ValueError says where it looked."""
     for source, given in (("--inception", path), (f"${VARIABLE}", os.environ.get(VARIABLE))):
         if given:
             if not Path(given).is_file():
-                raise ValueError(f"{source} {given}: no such file; expected {WEIGHTS} from {URL}")
+                raise ValueError(f"{source} {given}: no such file; {REMEDY}")
             return Path(given)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in (WEIGHTS, SAME_FILE):
-        if (cache / name).is_file():
-            return cache / name
+    for place in (weights_folder() / WEIGHTS, cache / WEIGHTS, cache / SAME_FILE):
+        if place.is_file():
+            return place
     raise ValueError(
-        f"the Inception weights {WEIGHTS} are missing: looked at --inception (not given), ${VARIABLE} (not set) and in "
-        f"{cache}; get the file from {URL} and name it with --inception, or use --encoder NAME for another network"
+        f"the Inception weights {WEIGHTS} are missing: looked at --inception (not given), ${VARIABLE} (not set), in "
+        f"{weights_folder()} and in {cache}; {REMEDY} where there is a network; or take another by --encoder NAME"
     )
 
 
@@ -97,10 +100,10 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole file of nothing but weights; get {WEIGHTS} from {URL}") from error
+        raise ValueError(f"{path}: not a whole file of nothing but weights; {REMEDY}") from error
     classifier = weights.get("fc.weight") if isinstance(weights, dict) else None
     shape = tuple(classifier.shape) if isinstance(classifier, torch.Tensor) else None
     if shape != (1008, 2048) or "Mixed_6d.branch1x1.conv.weight" not in weights:
         expected = f"a state dict with fc.weight of shape (1008, 2048), found {shape}"
-        raise ValueError(f"{path}: not the Inception of 2015: expected {expected}; get {WEIGHTS} from {URL}")
+        raise ValueError(f"{path}: not the Inception of 2015: expected {expected}; {REMEDY}")
     return weights

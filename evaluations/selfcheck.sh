@@ -1,24 +1,14 @@
 #!/usr/bin/env bash
 # Does this evaluator give ADM's numbers? Downloads ADM's reference and samples (up to 12 GB) and the Inception weights
 # (96 MB), scores them, and compares with what ADM's authors printed. Files that are there are used as they are.
-#   bash evaluations/selfcheck.sh [FOLDER]     FOLDER: where the files go (default selfcheck)
+#   bash evaluations/selfcheck.sh [FOLDER]     FOLDER: where the files go (default weights)
 #   PROCESSES=8                                processes (default 1)
 set -euo pipefail
-folder=${1:-selfcheck}
-base=https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256
+folder=${1:-${GMEM_WEIGHTS:-weights}}
 reference=VIRTUAL_imagenet256_labeled.npz
 samples=admnet_guided_upsampled_imagenet256.npz
 weights=weights-inception-2015-12-05-6726825d.pth
-fetch() { # fetch URL FILE: whole or not at all, continued where it stopped
-    if [ ! -f "$folder/$2" ]; then
-        echo "fetching $2"
-        curl -fL --retry 3 -C - -o "$folder/$2.part" "$1" && mv "$folder/$2.part" "$folder/$2"
-    fi
-}
-mkdir -p "$folder"
-fetch "$base/$reference" $reference
-fetch "$base/$samples" $samples
-fetch "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/$weights" $weights
+bash scripts/fetch.sh --folder "$folder" reference-256 admnet-256 inception
 torchrun --standalone --nproc-per-node "${PROCESSES:-1}" -m evaluations.evaluator "$folder/$reference" \
     "$folder/$samples" --inception "$folder/$weights" --out "$folder/selfcheck.json"
 python - "$folder/selfcheck.json" <<'PYTHON'

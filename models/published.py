@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.files import weights_folder
 from models.autoencoder import SD_SCALE
 from models.sit import SiT_models, TimestepEmbedder
 
@@ -63,7 +64,8 @@ CONTAINERS = (
 
 
 def hub_file(name: str) -> Path:
-    """The local copy of `hf:ORGANISATION/REPOSITORY/FILE@REVISION`, from the cache or downloaded.
+    """The local copy of `hf:ORGANISATION/REPOSITORY/FILE@REVISION`: a file of that name in the weights folder, taken as
+    it is; else that revision, from the cache or downloaded.
 
     Raises:
         ValueError: the name has another form or no full commit hash, or the file is not to be had.
@@ -79,13 +81,16 @@ def hub_file(name: str) -> Path:
             "repository's commits under Files, History"
         )
     repository, file, revision = parts.groups()
+    local = weights_folder() / Path(file).name
+    if local.is_file():
+        return local
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
-            f"checkpoint {name}: {file} of hub repository {repository} at {revision[:12]} is neither in the cache "
-            f"({constants.HF_HUB_CACHE}) nor could it be downloaded; copy the file here and give its path, or connect "
-            f"to the network ({type(error).__name__})"
+            f"checkpoint {name}: {file} of hub repository {repository} at {revision[:12]} is neither at {local}, nor "
+            f"in the cache ({constants.HF_HUB_CACHE}), nor could it be downloaded ({type(error).__name__}); copy it to "
+            "the first of these places or give its path (`bash scripts/fetch.sh gmem` gets GMem's first release)"
         ) from error
 
 
