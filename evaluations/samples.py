@@ -28,6 +28,16 @@ class Samples:
         if not 4 <= self.count <= found:
             raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected 4 to {found:,}")
 
+    def protocol(self) -> str:
+        """How many images, and how they were sampled, as far as samples.json says."""
+        made, guidance = self.settings, self.settings.get("guidance")
+        words = [f"{self.count:,} images"]
+        if "sampler" in made:
+            words.append(f"{made['sampler']} {made['steps']}")
+        if guidance:
+            words.append(f"guidance {guidance['scale']} on {guidance['interval']}")
+        return ", ".join(words)
+
     def related_to(self, encoder: str) -> bool:
         """Whether `encoder` is of the family that made the snippets, which samples match by construction."""
         return family(self.settings.get("encoder")) == family(encoder)

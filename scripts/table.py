@@ -8,6 +8,7 @@ A row for each file, named after the samples; a column for each metric that any 
 import argparse
 from pathlib import Path
 
+from evaluations.card import table
 from memory.files import read_json
 
 
@@ -27,14 +28,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{path} is no result of evaluations.evaluator: it has no metrics")
         rows.append({"samples": path.stem, "N": f"{result['num_samples']:,}"})
         rows[-1] |= {name: f"{value:.4g}" for name, value in result["metrics"].items()}
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
-    lines = [
-        [name.ljust(width) for name, width in zip(columns, widths, strict=True)],
-        ["-" * width for width in widths],
-    ]
-    lines += [[row.get(name, "").ljust(width) for name, width in zip(columns, widths, strict=True)] for row in rows]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(table(rows))
 
 
 if __name__ == "__main__":
