@@ -23,7 +23,7 @@ from evaluations.metrics import frechet_distance, inception_score, kid, precisio
 from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
 from memory.files import write_json
-from memory.provenance import provenance
+from memory.provenance import peak_memory, provenance
 
 ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
 
@@ -102,8 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             results.append(metrics(known, found, network.name, images=not args.no_precision_recall))
     if results:
-        run = provenance(argv, state.num_processes) | {"seconds": round(time.perf_counter() - began, 3)}
+        seconds = round(time.perf_counter() - began, 3)
+        run = provenance(argv, state.num_processes) | {"seconds": seconds, "peak_memory": peak_memory()}
         report(results, sets, reference, network, run, args.out)
+    state.destroy_process_group()
 
 
 def check_sets(reference: Reference, sets: list[Samples]) -> None:
@@ -187,6 +189,7 @@ def report(
                 "metrics": summary,
                 "spread": spread,
                 "num_samples": count,
+                "protocol": sets[0].protocol(),
                 "samples": [
                     {"path": str(samples.path), "metrics": result, "made": samples.made}
                     for samples, result in zip(sets, results, strict=True)

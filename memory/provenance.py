@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -63,6 +64,13 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has held: in main memory, and allocated on the GPU (0 without one)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "gpu": gpu}
 
 
 def device_name() -> str:

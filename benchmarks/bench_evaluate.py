@@ -1,0 +1,152 @@
+"""How long the evaluation of 50,000 images takes, and in how much memory: the real command, on random data.
+
+    python -m benchmarks.bench_evaluate --gpus 1 2 --work DIR --out benchmarks/results/evaluate-h200.json
+    taskset -c 0,1 python -m benchmarks.bench_evaluate --cpu-images 1000 --work DIR --out FILE
+
+Makes random weights in the layout of the published Inception file, smooth random images of 256×256 (an npz of 9.8 GB
+for 50,000), and a reference in ADM's layout, statistics with images; then runs `evaluations.evaluator` for the five
+metrics and KID: on each number of GPUs without the reference's features from an earlier run, or on the CPU
+(`--cpu-images`) both without and with. Seconds are those of the whole command, start-up included, and of its work
+alone; memory is that of the first process. All runs must agree to 1e-6. Targets: 60 s and 3 GB of main memory on one
+H100, and five minutes for 1,000 images on two CPU cores.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from evaluations.card import table
+from evaluations.inception import WEIGHTS
+from evaluations.reference import MOMENTS
+from memory.files import read_json, write_json
+from memory.provenance import provenance
+
+SIDE = 256
+BATCH = 500  # images made at once
+AGREE = 1e-6  # largest relative difference between the metrics of two runs
+
+
+def make_weights(path: Path) -> None:
+    """Random weights by the names and shapes of the published file, scaled so that activations keep their size."""
+    generator = torch.Generator().manual_seed(0)
+    loading = mock.patch.object(torch, "load", return_value={})
+    taking = mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict")
+    with torch.device("meta"), loading, taking:
+        state = FeatureExtractorInceptionV3("any", ["2048"], "none").state_dict()
+    for name, value in state.items():
+        if value.ndim > 1:
+            scale = (2 / value[0].numel()) ** 0.5 * (10 if name == "fc.weight" else 1)
+            state[name] = torch.randn(value.shape, generator=generator) * scale
+        else:
+            filled = torch.zeros if name.endswith(("mean", "tracked", "bn.bias")) else torch.ones
+            state[name] = filled(value.shape, dtype=value.dtype)
+    state["fc.bias"] = torch.randn(1008, generator=generator)
+    torch.save(state, path)
+
+
+def make_images(path: Path, count: int, seed: int, moments: bool) -> None:
+    """An npz of smooth random images, written as they are made, with random statistics in ADM's layout if asked for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    random = np.random.default_rng(seed)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in MOMENTS.items() if moments else ():
+            points = random.standard_normal((2 * shape[0], shape[0]), np.float32)
+            with archive.open(f"{name}.npy", "w") as file:
+                value = points.mean(0) if len(shape) == 1 else points.T @ points / len(points)
+                np.lib.format.write_array(file, value.astype(np.float64), allow_pickle=False)
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, count, BATCH):
+                shape = (min(BATCH, count - start), 3, 8, 8)
+                coarse = torch.randint(256, shape, generator=generator, device=device).float()
+                images = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
+                images = images.clamp(0, 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
+                file.write(images.cpu().contiguous().numpy())
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time the evaluation of many images.")
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder for images and weights (12 GB for 50,000 images)")
+    add("--out", type=Path, required=True, help="JSON file of the results")
+    add("--images", type=int, default=50_000, help="samples to score on GPUs")
+    add("--reference-images", type=int, default=10_000, help="images of the reference")
+    add("--gpus", type=int, nargs="+", default=[1], help="numbers of processes, one run each")
+    add("--cpu-images", type=int, metavar="N", help="score N images on the CPU instead, against a reference of N")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the data, run the command, print a table."""
+    args = parse(argv)
+    on_cpu = args.cpu_images is not None
+    count, references = (args.cpu_images,) * 2 if on_cpu else (args.images, args.reference_images)
+    args.work.mkdir(parents=True, exist_ok=True)
+    weights, samples, reference = (args.work / name for name in (WEIGHTS, "samples.npz", "reference.npz"))
+    make_weights(weights)
+    with ThreadPoolExecutor(2) as threads:  # the checksums of both files take seconds
+        made = [threads.submit(make_images, samples, count, 0, False)]
+        made.append(threads.submit(make_images, reference, references, 1, True))
+        for done in made:
+            done.result()
+
+    rows, metrics = [], []
+
+    def run(title: str, processes: int, *options: str) -> None:
+        """Run the command, and note its time, its memory and its metrics."""
+        out = args.work / "result.json"
+        command = [sys.executable, "-m", "evaluations.evaluator"]
+        if processes > 1:
+            launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+            command = [sys.executable, "-m", *launcher, "-m", "evaluations.evaluator"]
+        command += map(str, (reference, samples, "--inception", weights, "--out", out, *options))
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+        print("+", *command[1:], flush=True)
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, env=os.environ | hidden)
+        seconds = time.perf_counter() - begin
+        result = read_json(out)
+        metrics.append(result["metrics"])
+        cpus = len(os.sched_getaffinity(0))
+        peak = result["run"]["peak_memory"]
+        rows.append(
+            {
+                "what": title,
+                "processes": processes,
+                "images": count,
+                "seconds": round(seconds, 2),
+                "seconds_of_work": result["run"]["seconds"],
+                "images_per_second": round(count / seconds, 1),
+                "host_memory_gb": round(peak["host"] / 1e9, 2),
+                "gpu_memory_gb": round(peak["gpu"] / 1e9, 2),
+            }
+        )
+        facts = {"rows": rows, "metrics": metrics, "reference_images": references, "cpus": cpus}
+        write_json(args.out, facts | provenance(argv, processes))
+
+    if on_cpu:
+        run("reference and samples", 1)
+        run("the reference's features kept", 1)
+    for processes in () if on_cpu else args.gpus:
+        run("reference and samples", processes, "--no-cache")
+    print(table([{key: str(value) for key, value in row.items()} for row in rows]))
+    for other in metrics[1:]:
+        for name, value in metrics[0].items():
+            assert abs(other[name] - value) <= AGREE * abs(value), (name, value, other[name])
+
+
+if __name__ == "__main__":
+    main()
