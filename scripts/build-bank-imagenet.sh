@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The memory bank: 640,000 snippets by five passes of k-means over ImageNet's class tokens.
+#   bash scripts/build-bank-imagenet.sh [flags of memory.build_bank]
+# Variables: K, PASSES, and those of imagenet.sh.
+# Hardware  one GPU or more; the same bank on any number
+# Memory    16 · 640,000 · 768 = 7.9 GB for the snippets and 6 · 768 · 1,281,167 = 5.9 GB for the features, the latter
+#           shared among the GPUs
+# Disk      4 · 640,000 · 768 = 2.0 GB
+# Time      estimate: a pass multiplies 2 · 1,281,167 · 640,000 · 768 = 1.3e15 times and adds; at 100 TFLOP/s, 13 s
+# Expected  bank.json says how many rows hold one image; two images a row are few, so many do
+set -euo pipefail
+source "$(dirname "$0")/imagenet.sh"
+launch -m memory.build_bank --store "$store" --encoder "$encoder" --out "$bank" --k "${K:-640000}" \
+    --passes "${PASSES:-5}" "$@"
