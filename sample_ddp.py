@@ -16,38 +16,45 @@ Writes  OUT/000000.png …      the images (--format png or both)
 """
 
 import argparse
+import contextlib
 import itertools
-import json
 import os
-import shutil
 import time
 import warnings
-import zipfile
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import accelerate
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from loss import interpolants
 from memory.bank import read_snippets, snippet_rules
-from memory.files import atomic, check_folder, read_json, sha256, write_json
-from memory.provenance import provenance
+from memory.files import sha256
+from memory.output import Output
+from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
+from models.inference import fuse_gelu, round_weights
+from models.kernels import compile_blocks, fast_attention
 from models.sit import SiT
-from samplers import LABEL_DRAW, LAST_STEP, SNIPPET_DRAW, Velocity, guided, noise, samplers, sde_samplers, uniform
+from samplers import (
+    LABEL_DRAW,
+    LAST_STEP,
+    SNIPPET_DRAW,
+    Velocity,
+    guided,
+    noise,
+    normals_of,
+    samplers,
+    sde_samplers,
+    uniform,
+)
 
-PREVIEW = 64  # images in the preview grid
-CHUNK = 1 << 24  # bytes copied at once
-
+BATCH_SIZE = {"cuda": 256, "cpu": 64}
+COMPILE_FROM = 500  # images of a process from which on compiling is repaid
 
 # How images (B,) get their labels.
 label_rules: dict[str, Callable[[int, Tensor, int], Tensor]] = {
@@ -72,7 +79,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--codec", help="name or folder of the codec to decode with, in place of the one that the checkpoint names")
     add("--out", required=True, help="folder of the images; an unfinished run in it continues")
     add("--num-images", type=int, default=50_000, help="N")
-    add("--batch-size", type=int, default=64, help="images at once in each process")
+    batches = f"images at once in each process; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU"
+    add("--batch-size", type=int, help=batches)
+    compiling = f"compile network and decoder; on with a GPU from {COMPILE_FROM} images a process"
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     rules = "row of the bank by the starting noise (published) or by frequency; or a file whose entry i mod M is image "
     rules += "i's: row numbers (.txt, or .npy of M integers) or vectors (.npy of (M, F) floats)"
@@ -89,6 +99,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--uint8", default="round", choices=("round", "truncate"), help="pixels to integers; GMem and REPA truncate")
     add("--format", default="both", choices=("png", "npz", "both"), help="what to write")
     args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.precision = args.precision or {"cuda": "bf16", "cpu": "fp32"}[device]
+    args.batch_size = BATCH_SIZE[device] if args.batch_size is None else args.batch_size
 
     for name, least in (("num_images", 1), ("batch_size", 1), ("steps", 2 if args.sampler in sde_samplers else 1)):
         if getattr(args, name) < least:
@@ -103,7 +116,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--guidance-channels needs --guide")
     if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
         parser.error(f"--guidance-interval {args.guidance_interval}: expected 0 <= LO <= HI <= 1")
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     return args
 
 
@@ -118,6 +130,7 @@ class Generator:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
+        self.batch_size, self.normals = None, None  # `compile` sets them
         self.entries = None if args.snippets in snippet_rules else read_snippets(args.snippets)  # (M,) or (M, F)
         vectors = self.entries is not None and self.entries.ndim == 2
         if vectors and args.bank:
@@ -133,6 +146,10 @@ class Generator:
         channels = self.model.latent_shape[0]
         if not 1 <= (args.guidance_channels or channels) <= channels:
             raise ValueError(f"--guidance-channels {args.guidance_channels}: the latents have {channels} channels")
+        if args.precision == "bf16":
+            for network in {self.model, self.guide} - {None}:
+                round_weights(network)
+                fuse_gelu(network)
         self.codec, codec_meta = self._load_codec()
         self.image_shape = [self.config["image_size"], self.config["image_size"], 3]
         self.settings = self._settings(codec_meta)
@@ -237,14 +254,47 @@ class Generator:
             given["label+snippet"] = (given["label"], given["snippet"])
         return given
 
-    def _velocity(self, model: SiT, cond: object) -> Velocity:
-        """A network as samplers call it: float64 outside; float32, or autocast to bf16, inside."""
+    def _velocity(self, network: SiT, cond: object, batch_size: int) -> Velocity:
+        """A network as samplers call it, with float64 outside; its condition is embedded once for all steps."""
+        condition = network.embed_condition(cond, batch_size, None)  # (B, D)
+        return lambda x, t: network.velocity(x.float(), network.t_embedder(t.float()) + condition)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-                return model(x.float(), t.float(), cond)
+    def latents(self, images: Tensor, steps: int) -> Tensor:
+        """Latents float32 (B, C, H, W) of the images with these numbers (B,)."""
+        args, numbers = self.args, images.to(self.device)
+        z = noise(args.seed, numbers, 0, self.model.latent_shape, normals=self.normals)  # (B, C, H, W)
+        given = self.conditions(images, z)
+        options = {}
+        if args.sampler in sde_samplers:
+            step = itertools.count(1)
+            options["randn"] = lambda x: noise(args.seed, numbers, next(step), x.shape[1:], normals=self.normals)
+            options |= {"last_step": args.last_step, "interpolant": interpolants[self.interpolant]}
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        with bf16, fast_attention(self.device):
+            velocity = self._velocity(self.model, given[self.model.condition], len(images))
+            if self.guide:
+                cond = None if args.guide == "null" else given[self.guide.condition]
+                weaker = self._velocity(self.guide, cond, len(images))
+                velocity = guided(velocity, weaker, args.guidance_scale, args.guidance_interval, args.guidance_channels)
+            return samplers[args.sampler](velocity, z, steps, **options).float()
 
-        return velocity
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pixels uint8 (B, H, W, 3) of latents (B, C, H, W)."""
+        pixels = to_uint8(self.codec.decode(latents), self.args.uint8)  # (B, c, H, W)
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def compile(self, batch_size: int) -> None:
+        """Compile all of it for batches of this size, to which smaller ones will be padded, by making one in two steps.
+
+        Batches of one size are also what keeps an image the same in all of them.
+        """
+        for network in {self.model, self.guide} - {None}:
+            compile_blocks(network)
+            network.final_layer.compile(dynamic=False)
+        self.codec.compile_decoder()
+        self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size
+        self.decode(self.latents(torch.arange(batch_size), steps=2))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> np.ndarray:
@@ -253,176 +303,30 @@ class Generator:
         Raises:
             ValueError: the latents are not finite.
         """
-        args = self.args
-        z = noise(args.seed, images, 0, self.model.latent_shape, self.device)  # (B, C, H, W)
-        given = self.conditions(images, z)
-        velocity = self._velocity(self.model, given[self.model.condition])
-        if self.guide:
-            weaker = self._velocity(self.guide, None if args.guide == "null" else given[self.guide.condition])
-            velocity = guided(velocity, weaker, args.guidance_scale, args.guidance_interval, args.guidance_channels)
-        options = {}
-        if args.sampler in sde_samplers:
-            step = itertools.count(1)
-            options["randn"] = lambda x: noise(args.seed, images, next(step), x.shape[1:], x.device)
-            options |= {"last_step": args.last_step, "interpolant": interpolants[self.interpolant]}
-        latents = samplers[args.sampler](velocity, z, args.steps, **options).float()  # (B, C, H, W)
+        count = len(images)
+        padded = images[torch.arange(self.batch_size or count).clamp(max=count - 1)]
+        latents = self.latents(padded, self.args.steps)  # (B, C, H, W)
         if not latents.isfinite().all():
             raise ValueError(
-                f"--checkpoint {args.checkpoint}: latents of images {images.min()} to {images.max()} are not finite; "
-                "try --precision fp32, another checkpoint or a smaller --guidance-scale"
+                f"--checkpoint {self.args.checkpoint}: latents of images {images.min()} to {images.max()} are not "
+                "finite; try --precision fp32, another checkpoint or a smaller --guidance-scale"
             )
-        pixels = to_uint8(self.codec.decode(latents), args.uint8)  # (B, c, H, W)
-        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        return self.decode(latents)[:count]
 
 
-class Output:
-    """The folder of the images; what is finished is on disk before it is marked so: a killed run loses two batches.
-
-    An unfinished run also has `.pixels` (N, H, W, 3), the npz in the making, and `.done` (N,), a byte an image. Each
-    process writes its bytes of both, without memory maps, whose pages would clash on network file systems.
-    """
-
-    def __init__(self, args: argparse.Namespace, settings: dict):
-        self.folder, self.num_images = Path(args.out), args.num_images
-        self.facts = {"num_images": args.num_images, "complete": False, "settings": settings}
-        self.image_shape = settings["image_shape"]
-        self.image_bytes = int(np.prod(self.image_shape))
-        self.png, self.npz = args.format != "npz", args.format != "png"
-        self.pixels, self.done = self.folder / ".pixels", self.folder / ".done"
-        self.json, self.archive = self.folder / "samples.json", self.folder / "samples.npz"
-        self.threads = ThreadPoolExecutor(5)  # one writes the batch, the others compress PNGs for it
-        self.writing: Future | None = None
-
-    def prepare(self) -> np.ndarray | None:
-        """Make or check the folder, in one process; returns the numbers of the images left to generate, or
-        None if the run is complete.
-
-        Raises:
-            ValueError: it holds other images, or more of them, or the disk is too small.
-        """
-        check_folder("--out", self.folder)
-        old, done = None, np.zeros(self.num_images, np.uint8)
-        if self.json.exists():
-            old = read_json(self.json)
-            self._check_same(old)
-            marks = self._kept(old["num_images"]) if old["complete"] else np.fromfile(self.done, np.uint8)
-            done[: len(marks)] = marks[: self.num_images]
-        elif self.archive.exists() or any(self.folder.glob("*.png")):
-            raise ValueError(
-                f"--out {self.folder} holds images but no samples.json to say which; choose another folder"
-            )
-        left = np.flatnonzero(done == 0)
-        if old and old["complete"] and not len(left):
-            self._tidy()
-            return None
-        self._check_disk(len(left))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*.tmp.*"):  # of a killed process
-            stale.unlink()
-        if self.npz:
-            with open(self.pixels, "ab"):
-                os.truncate(self.pixels, self.num_images * self.image_bytes)
-        if self.npz and old and old["complete"] and self.archive.exists():
-            with zipfile.ZipFile(self.archive).open("arr_0.npy") as rows, open(self.pixels, "r+b") as to:
-                np.lib.format.read_magic(rows)
-                np.lib.format.read_array_header_1_0(rows)
-                shutil.copyfileobj(rows, to, CHUNK)
-        with atomic(self.done) as temporary:
-            done.tofile(temporary)
-        write_json(self.json, self.facts)
-        return left
-
-    def _kept(self, count: int) -> np.ndarray:
-        """Which images of a complete run of `count` are still there, (count,): files may have been removed since."""
-        if self.npz and not self.archive.exists():
-            return np.zeros(count, np.uint8)
-        return np.array([not self.png or self._png(image).exists() for image in range(count)], np.uint8)
-
-    def _check_same(self, old: dict) -> None:
-        now = json.loads(json.dumps(self.facts["settings"]))
-        there = {key: old["settings"].get(key) for key in now}
-        lines = [f"{key}: there {there[key]}, here {now[key]}" for key in now if there[key] != now[key]]
-        if lines:
-            raise ValueError(
-                f"--out {self.folder} holds images made otherwise; choose another folder\n  " + "\n  ".join(lines)
-            )
-        if old["num_images"] > self.num_images:
-            raise ValueError(
-                f"--num-images {self.num_images}: --out {self.folder} is a run of {old['num_images']}; ask for no fewer"
-            )
-
-    def _check_disk(self, left: int) -> None:
-        place = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
-        needed = self.image_bytes * ((self.num_images + left) * self.npz + left * self.png)
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            sizes = f"up to {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free"
-            raise ValueError(f"--out {self.folder}: {sizes}; choose another disk, --format png, or fewer --num-images")
-
-    def write(self, images: np.ndarray, pixels: np.ndarray) -> None:
-        """Write pixels (B, H, W, 3) of the images with numbers (B,) while the next batch is being made."""
-        self.wait()
-        self.writing = self.threads.submit(self._write, images, pixels)
-
-    def wait(self) -> None:
-        """Return when everything given to `write` is on disk; raises what went wrong with it."""
-        if self.writing:
-            self.writing.result()
-
-    def _write(self, images: np.ndarray, pixels: np.ndarray) -> None:
-        if self.png:
-            list(self.threads.map(self._write_png, images, pixels))
-        if self.npz:
-            self._write_at(self.pixels, images, pixels)
-        self._write_at(self.done, images, np.ones(len(images), np.uint8))
-
-    def _png(self, image: int) -> Path:
-        return self.folder / f"{image:06d}.png"
-
-    def _write_png(self, image: int, pixels: np.ndarray) -> None:
-        with atomic(self._png(image)) as temporary:
-            Image.fromarray(pixels).save(temporary)
-
-    def _write_at(self, path: Path, images: np.ndarray, rows: np.ndarray) -> None:
-        """Write each row at the place of its image, and flush them to disk."""
-        with open(path, "r+b", buffering=0) as file:
-            for image, row in zip(images.tolist(), rows, strict=True):
-                if os.pwrite(file.fileno(), row.tobytes(), image * row.nbytes) != row.nbytes:
-                    raise OSError(f"{path}: the disk is full; free some space and run the same command again")
-            os.fsync(file.fileno())
-
-    def count(self) -> int:
-        """Number of images that all processes have finished."""
-        return int(np.fromfile(self.done, np.uint8).sum())
-
-    def finish(self, run: dict) -> None:
-        """Pack the npz and draw the preview, in one process; `run` says where and how fast the images were made."""
-        if self.npz:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *self.image_shape)}
-            with atomic(self.archive) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-                member = zipfile.ZipInfo("arr_0.npy")  # of a fixed date: the same images give the same file
-                with archive.open(member, "w", force_zip64=True) as to, open(self.pixels, "rb") as rows:
-                    np.lib.format.write_array_header_1_0(to, header)
-                    shutil.copyfileobj(rows, to, CHUNK)
-        shown = range(min(PREVIEW, self.num_images))
-        if self.png:
-            images = np.stack([np.asarray(Image.open(self._png(image))) for image in shown])
-        else:
-            images = np.fromfile(self.pixels, np.uint8, len(shown) * self.image_bytes).reshape(-1, *self.image_shape)
-        grid = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=8)  # (3, H', W')
-        with atomic(self.folder / "preview.png") as temporary:
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary)
-        write_json(self.json, self.facts | {"complete": True, "run": run})
-        self._tidy()
-
-    def _tidy(self) -> None:
-        for file in (self.pixels, self.done):
-            file.unlink(missing_ok=True)
+@contextlib.contextmanager
+def fitting(batch_size: int) -> Iterator[None]:
+    """Say which flag is to blame if the GPU's memory runs out inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"--batch-size {batch_size}: too many images at once for this GPU's memory; try {max(1, batch_size // 2)}"
+        ) from error
 
 
 def generate(generator: Generator, output: Output, left: np.ndarray, batch_size: int, rank: int, world: int) -> None:
     """Generate the images `left`, batches of them in turn by all processes; the first returns when all are finished."""
-    batch_size = max(1, min(batch_size, -(-len(left) // world)))  # a short run is shared too
     batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
     bar = tqdm(total=output.num_images, initial=output.num_images - len(left), unit=" images", disable=rank > 0)
     for images in batches[rank::world]:
@@ -442,16 +346,24 @@ def main(argv: list[str] | None = None) -> None:
     state = accelerate.PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     generator = Generator(args, state.device)
-    output = Output(args, generator.settings)
+    output = Output(args.out, args.num_images, args.format, generator.settings)
     [left] = broadcast_object_list([output.prepare() if state.is_main_process else None])
     if left is None:
         state.print(f"{args.out} is complete: {args.num_images} images")
     else:
-        start = time.perf_counter()
-        generate(generator, output, left, args.batch_size, state.process_index, state.num_processes)
-        rate = len(left) / (time.perf_counter() - start)
+        share = max(1, -(-len(left) // state.num_processes))  # images of each process
+        batch_size = min(args.batch_size, share)  # a short run is shared too
+        pays = torch.cuda.is_available() and share >= COMPILE_FROM
+        with fitting(batch_size):
+            if args.compile or (args.compile is None and pays):
+                generator.compile(batch_size)
+            start = time.perf_counter()
+            generate(generator, output, left, batch_size, state.process_index, state.num_processes)
         if state.is_main_process:
-            run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": args.batch_size}
+            output.pack()
+            rate = len(left) / (time.perf_counter() - start)
+            run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": batch_size}
+            run |= {"compiled": generator.batch_size is not None, "peak_bytes": peak_memory()}
             output.finish(run | {"generated": len(left), "images_per_second": rate})
             print(f"{args.num_images} images in {args.out}; {len(left)} of them now, {rate:.2f} images/s")
     state.destroy_process_group()

@@ -7,6 +7,7 @@ scale and shift take uint8 to [−1, 1].
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,9 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to float32 images (B, c, H, W), clamped to [−1, 1]."""
+
+    def compile_decoder(self) -> None:
+        """The same for `decode`."""
 
 
 class PixelCodec:
@@ -68,6 +72,9 @@ class PixelCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, torch.float32).clamp(-1, 1)
+
+    def compile_decoder(self) -> None:
+        """Nothing is computed that could be compiled."""
 
 
 class VAECodec:
@@ -134,9 +141,12 @@ class VAECodec:
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.device, torch.float32)
         latents = latents / channelwise(self.scale, latents) + channelwise(self.shift, latents)  # (B, C, h, w)
-        batch = max(1, DECODED_PIXELS // (self.downsampling**2 * latents[0, 0].numel()))
-        parts = [self.vae.decode(part).sample.float() for part in latents.to(self.dtype).split(batch)]
-        return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
+        latents = latents.to(self.dtype, memory_format=self.memory_format)
+        parts = math.ceil(latents[:, 0].numel() * self.downsampling**2 / DECODED_PIXELS)  # of one size, to compile once
+        return torch.cat([self.vae.decode(part).sample.float() for part in latents.chunk(parts)]).clamp(-1, 1)
+
+    def compile_decoder(self) -> None:
+        self.vae.decoder.compile(dynamic=False)
 
 
 def hub_vae(repository: str, scale: float | None = None) -> Callable[..., VAECodec]:

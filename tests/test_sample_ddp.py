@@ -1,6 +1,7 @@
 """Sampling runs of a small random network on 8×8 images: what determines an image, what a run leaves behind, how it
 goes on, and what it refuses."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import sample_ddp
+from memory import output
 from memory.bank import MemoryBank
 from memory.files import sha256
 from models.autoencoder import load_codec, to_uint8
 from models.checkpoint import load_model
-from models.sit import SiT_models
+from models.sit import SiT, SiT_models
 from sample_ddp import Generator, main, parse
 from samplers import noise, samplers
 
@@ -148,6 +149,19 @@ def test_batch_size_and_format_change_nothing(folder, run, tmp_path, flags):
     assert (tmp_path / "preview.png").read_bytes() or "npz" in flags
 
 
+def test_compiled_batches_of_one_size_change_nothing(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    shapes = []
+    velocity = SiT.velocity
+    monkeypatch.setattr(SiT, "velocity", lambda self, x, c: shapes.append(len(x)) or velocity(self, x, c))
+    main(command(folder, tmp_path, "--compile", "--batch-size", 3))
+    assert set(shapes) == {3}, "the last batch has one image and two to fill it up"
+    assert almost_equal(pixels(tmp_path), pixels(run))
+    assert json.loads((tmp_path / "samples.json").read_text())["run"]["compiled"]
+    assert not json.loads((run / "samples.json").read_text())["run"]["compiled"]
+
+
 def test_png_alone(folder, run, tmp_path):
     main(command(folder, tmp_path, "--format", "png", n=2))
     assert set(os.listdir(tmp_path)) == {"000000.png", "000001.png", "samples.json", "preview.png"}
@@ -229,7 +243,7 @@ def test_what_was_removed_from_a_complete_run_is_made_again(folder, run, tmp_pat
 
 def test_a_run_that_stopped_before_packing_packs(folder, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sample_ddp, "make_grid", lambda *a, **k: 1 / 0)
+        patch.setattr(output, "make_grid", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(command(folder, tmp_path))
     main(command(folder, tmp_path))
@@ -245,6 +259,15 @@ def test_a_full_disk_stops_the_run_and_the_same_command_continues(folder, run, t
     assert not (tmp_path / "samples.npz").exists()
     main(command(folder, tmp_path))
     assert almost_equal(pixels(tmp_path), pixels(run))
+
+
+def test_a_batch_too_large_for_the_gpu_names_the_flag(folder, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SiT, "velocity", full)
+    with pytest.raises(ValueError, match=r"--batch-size 5: too many images at once for this GPU's memory; try 2"):
+        main(command(folder, tmp_path, "--batch-size", 5))
 
 
 def test_another_run_in_the_same_folder_is_refused(folder, run, tmp_path):
