@@ -21,23 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from memory.files import sha256
-from scripts.images import UNREADABLE, read_image
+from memory.files import reading, sha256
+from scripts.images import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 DECODED_AHEAD = 256  # images of a folder that threads decode together
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what reading a file raises into a ValueError that names it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (*UNREADABLE, KeyError, RuntimeError) as error:  # zipfile raises the latter two for what it does not know
-        raise ValueError(f"{path}: {error}; was it cut short or damaged? make or copy it again") from error
 
 
 class ImageSet:

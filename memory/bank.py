@@ -8,7 +8,6 @@ are read as is.
 import contextlib
 import math
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -200,7 +199,7 @@ def read_snippets(path: str) -> torch.Tensor:
             array = np.load(file, allow_pickle=False)
         else:
             array = np.array(file.read_text().split(), np.int64)
-    except ValueError as error:
+    except Exception as error:  # of every kind, whatever is wrong with the file
         raise ValueError(f"--snippets {path}: no whole numbers as text and no plain array ({error})") from error
     if array.size and array.ndim == 1 and array.dtype.kind in "iu":
         return torch.from_numpy(array.astype(np.int64))
@@ -219,8 +218,9 @@ def _read(path: Path) -> object:
     """The object in a torch file, by the safe loader; ValueError naming the file if it holds none."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is cut short or no file of torch.save with plain values: {error}") from error
+    except Exception as error:  # of every kind, whatever is wrong with the file
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is cut short or no file of torch.save with plain values: {reason}") from error
 
 
 def _describe(value: object) -> str:

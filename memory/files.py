@@ -80,6 +80,22 @@ def aged(path: Path) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def reading(source: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever a library raises over a damaged or hostile file into a ValueError that names the file.
+
+    Libraries meet such files with exceptions of every kind, a KeyError or MemoryError as well as their own. For the
+    reading of files alone, never around computation, where it would hide our mistakes.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{source}: {reason}; was it cut short or damaged? make or copy it again") from error
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
