@@ -28,10 +28,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from memory.files import atomic, read_json
+from memory.files import atomic, read_json, reading
 
 FORMAT = 1  # of meta.json and the arrays; raised when an older reader would misread them
 META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
+FIELDS = {  # of meta.json, which readers rely on
+    **dict.fromkeys(("num_images", "num_views", "image_size", "image_channels"), int),
+    **dict.fromkeys(("codec", "encoders", "patches"), dict),
+    **{"fingerprint": str, "has_images": bool},
+}
 ROWS, VIEWS = 0, 1  # addresses of the two streams of random numbers under one seed
 COPY_BYTES = 2**24  # staging reads and writes this much at a time
 
@@ -59,13 +64,19 @@ def read_meta(store: str | os.PathLike) -> dict:
         meta = {"complete": False}
     else:
         raise ValueError(f"no store at {path}: `python -m scripts.encode_dataset SOURCE --out {path} …` makes one")
-    if meta.get("format", FORMAT) > FORMAT:
+    if isinstance(meta.get("format"), int) and meta["format"] > FORMAT:
         raise ValueError(
             f"{path / META} has format {meta['format']}, this version reads up to {FORMAT}: "
             "update the code or encode again"
         )
     if not meta.get("complete"):
         raise ValueError(f"the store {path} is incomplete: run the same encode command again to finish it")
+    for key, kind in FIELDS.items():
+        value = meta.get(key)
+        if type(value) is not kind or (kind is int and not 0 < value < 2**40):
+            raise ValueError(f"{path / META}: {key} is {value!r}, expected {kind.__name__}: copy or encode it again")
+    with reading(path / META):
+        layout(meta)
     return meta
 
 
@@ -124,7 +135,7 @@ class LatentDataset(Dataset):
             raise ValueError(f"{path} is missing: encode the store again, or copy it again with all its files")
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # of every kind, whatever is wrong with the file
             raise ValueError(f"{path} was cut short or is no npy file: copy or encode it again ({error})") from error
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{path} holds {array.dtype} {array.shape}, {META} says {dtype} {shape}: encode it again")
