@@ -4,15 +4,21 @@
     torchrun --nproc_per_node 8 -m scripts.encode_dataset …the same…
     python -m scripts.encode_dataset SOURCE --out data/NAME --add ENCODER
 
-SOURCE is a folder of class folders (labels by their sorted names) or of images, a zip of such (labels from dataset.json
-where there is one), an npz (`arr_0` or `images`, uint8 NHWC, with or without `labels`), or idx files as Fashion-MNIST's
-(a folder with train-images-idx3-ubyte.gz, or one such file; labels are looked for beside it). Images are cropped and
-resized as ADM does; idx images that are a little smaller than --image-size get a black frame instead (28 to 32).
+SOURCE is a folder of class folders (labels by their sorted names) or of images, a zip or tar of such (labels from
+dataset.json where there is one; ImageNet's own ILSVRC2012_img_train.tar, a tar of tars, is one too), an npz (`arr_0` or
+`images`, uint8 NHWC, with or without `labels`), or idx files as Fashion-MNIST's (a folder with
+train-images-idx3-ubyte.gz, or one such file; labels are looked for beside it). Images are cropped and resized as ADM
+does, which ignores EXIF orientations: --upright is for photos from phones and cameras. idx images that are a little
+smaller than --image-size get a black frame instead (28 to 32).
 A codec of one channel takes luminance; other grey images are repeated to three, except that `pixels` keeps idx and npz
 images of one channel as they are.
 
 An image that cannot be read is reported at once, and again, counted and named, as an error when all others are written.
 The same command with --skip-broken then leaves such images out and finishes without encoding anything again.
+
+On a GPU the networks run in bfloat16, on batches of one shape, while workers decode the next images and the last
+results are written; benchmarks/bench_encode.py says how fast, what bounds it and what the rounding is. Batches are the
+same for any number of processes, so the store is too: bit for bit on a CPU of one kind, up to rounding on a GPU.
 """
 
 import argparse
@@ -21,13 +27,14 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -43,6 +50,8 @@ from scripts.store import PART, Job, Progress, Writer
 
 SAVE_SECONDS = 30  # between two notes of what is written: the most that a killed run repeats
 LARGE_BYTES = 100e9  # patch tokens beyond this get a warning
+COMPILE_FROM = 30_000  # images a process, from which a minute of compiling is worth it
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PATIENCE = datetime.timedelta(days=7)  # processes wait for each other this long: shares may differ by hours
 
 
@@ -50,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as it can be without reading anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, zip, npz or idx file of images")
+    add("source", metavar="SOURCE", help="folder, zip, tar, npz or idx file of images")
     add("--out", required=True, type=Path, help="folder of the store; held-out images go to the same name + -holdout")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--codec", help="sd-vae-ft-mse, sd-vae-ft-ema, pixels, or a folder with an AutoencoderKL")
@@ -62,14 +71,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--holdout", type=float, default=0.0, help="fraction held out, by the hash of the file name (default 0)")
     add("--keep-images", action="store_true", help="store the uint8 images, for an alignment encoder run online")
     add("--patches", action="store_true", help="store the encoder's patch tokens too (0.5 TB and more on ImageNet)")
+    add("--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)")
     add("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    add("--precision", choices=PRECISIONS, help="of the networks (default: bf16 on a GPU that has it, else fp32)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help=f"compile the networks (default: on a GPU, from {COMPILE_FROM:,} images a process on)",
+    )
     add("--batch-size", type=int, default=64, help="images encoded at once by each process (default 64)")
     add(
         "--workers", type=int, help="processes that decode images ahead, for each process (default: its share of cores)"
     )
     args = parser.parse_args(argv)
     if args.add:
-        fixed = ("encoder", "image_size", "views", "holdout", "keep_images", "skip_broken")
+        fixed = ("encoder", "image_size", "views", "holdout", "keep_images", "upright", "skip_broken", "precision")
         given = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--add takes everything but the encoder from the store: leave out {', '.join(given)}")
@@ -90,21 +106,47 @@ def main(argv: list[str] | None = None) -> None:
     state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "not started by torchrun or plain python"
 
+    if args.add:
+        args.precision, args.upright = (read_meta(args.out)[key] for key in ("precision", "upright"))
+    args.precision = args.precision or default_precision(state.device)
     source = from_main(state, lambda: open_source(args.source))
+    source.upright = args.upright
     with state.local_main_process_first():  # so that one process downloads what is not in the cache
-        codec = load_codec(args.codec, state.device, channels=1 if source.grey else 3) if args.codec else None
+        place = {"device": state.device, "dtype": PRECISIONS[args.precision]}
+        codec = load_codec(args.codec, **place, channels=1 if source.grey else 3) if args.codec else None
         name = args.encoder or args.add
-        encoder = load_encoder(name, args.encoder_weights, state.device) if name else None
+        encoder = load_encoder(name, args.encoder_weights, **place) if name else None
 
     jobs = jobs_to_add(args, source, encoder) if args.add else new_jobs(args, source, codec, encoder)
     begun = from_main(state, lambda: prepare(jobs, source))
     jobs = [(job, progress.done) for job, progress in zip(jobs, begun, strict=True) if progress]
+    speed_up(codec, encoder, args.compile, sum((~done).sum() for _, done in jobs) // state.num_processes, state.device)
     for job, done in jobs:
         encode_job(job, done, source, codec, encoder, args, state)
     state.wait_for_everyone()
     if state.is_main_process:
         finish([job for job, _ in jobs], source, args.skip_broken, provenance(argv, state.num_processes))
     state.destroy_process_group()
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 where the device computes in it natively, else fp32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def speed_up(
+    codec: Codec | None, encoder: Encoder | None, compiled: bool | None, images: int, device: torch.device
+) -> None:
+    """Prepare the networks for `images` images in batches of one shape; `compiled` None: if it is worth it."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # try convolutions once, as there is one shape
+        torch.backends.cudnn.allow_tf32 = False  # so that fp32 is what it says
+    if compiled or (compiled is None and device.type == "cuda" and images >= COMPILE_FROM):
+        if codec:
+            codec.compile_encoder()
+        if encoder:
+            encoder.compile()
 
 
 def from_main(state: accelerate.PartialState, make: Callable[[], Any]) -> Any:
@@ -122,6 +164,8 @@ def new_jobs(args: argparse.Namespace, source: Source, codec: Codec, encoder: En
         "views": ["original", "mirrored"][: args.views],
         "image_size": args.image_size,
         "image_channels": codec_meta["image_channels"],
+        "upright": args.upright,
+        "precision": args.precision,
         "codec": codec_meta,
         "encoders": {encoder.name: encoder.meta()} if encoder else {},
         "patches": {encoder.name: token_shape(encoder)} if args.patches else {},
@@ -265,21 +309,22 @@ def encode_job(
     blocks = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
     cuda = state.device.type == "cuda"
     loader = DataLoader(Blocks(source, job, blocks), batch_size=None, num_workers=args.workers, pin_memory=cuda)
+    results = encoded(loader, job, codec, encoder, args.batch_size, state.device)
     progress, note = Progress(np.zeros_like(done)), job.path / PROGRESS / PART.format(rank)
     writer, begun = Writer(job), time.monotonic()
     saved = begun
     total, label = sum(end - begin for begin, end in blocks), f"{job.path.name}, process {rank + 1} of {world}"
     with tqdm(total=total, unit="img", desc=label, disable=not state.is_main_process) as bar:
-        for begin, images, broken in loader:
-            arrays = encode(images.to(state.device, non_blocking=True), job, codec, encoder)
-            names = [source.names[row] for row in job.rows[begin : begin + len(images)]]
-            check_finite(arrays, names)
-            writer.write(begin, {file: values.cpu().numpy() for file, values in arrays.items()})
-            progress.done[begin : begin + len(images)] = True
+        for begin, arrays, whole, broken in results:
+            count = len(next(iter(arrays.values())))
+            names = [source.names[row] for row in job.rows[begin : begin + count]]
+            check_finite(whole, names)
+            writer.write(begin, {file: values.numpy() for file, values in arrays.items()})
+            progress.done[begin : begin + count] = True
             progress.broken |= broken
             for row, reason in broken.items():
                 tqdm.write(f"cannot read {names[row - begin]} ({reason})")
-            bar.update(len(images))
+            bar.update(count)
             if time.monotonic() - saved > SAVE_SECONDS:
                 writer.flush()
                 saved = time.monotonic()
@@ -288,6 +333,50 @@ def encode_job(
     writer.close()
     progress.seconds = time.monotonic() - begun
     progress.save(note)
+
+
+Encoded = tuple[int, dict[str, Tensor], dict[str, Tensor], dict[int, str]]
+
+
+def encoded(
+    loader: DataLoader, job: Job, codec: Codec | None, encoder: Encoder | None, batch_size: int, device: torch.device
+) -> Iterator[Encoded]:
+    """(first row, arrays (B, V, …) by file name, (B,) whether each is finite, broken rows) of every block, on the CPU.
+
+    A GPU is never waited for: while it works on a block, the one before is copied and handed out. There every block is
+    filled up to `batch_size`, so that the networks see one shape.
+    """
+    before = None
+    for begin, images, broken in loader:
+        count, cuda = len(images), device.type == "cuda"
+        images = images.to(device, non_blocking=True)
+        if cuda and count < batch_size:
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - count))
+        arrays = {file: values[:count] for file, values in encode(images, job, codec, encoder).items()}
+        whole = {file: finite(values) for file, values in arrays.items()}
+        arrays, whole = (
+            {file: values.to("cpu", non_blocking=True) for file, values in group.items()} for group in (arrays, whole)
+        )
+        copied = torch.cuda.Event(blocking=True) if cuda else None
+        if copied:
+            copied.record()
+        if before:
+            yield arrived(*before)
+        before = copied, (begin, arrays, whole, broken)
+    if before:
+        yield arrived(*before)
+
+
+def arrived(copied: torch.cuda.Event | None, result: Encoded) -> Encoded:
+    """The result, once its copy to the CPU is complete."""
+    if copied:
+        copied.synchronize()
+    return result
+
+
+def finite(values: Tensor) -> Tensor:
+    """(B,) bool: whether all values of an image are finite."""
+    return torch.isfinite(values).flatten(1).all(1)
 
 
 @torch.no_grad()
@@ -310,10 +399,10 @@ def encode(images: Tensor, job: Job, codec: Codec | None, encoder: Encoder | Non
     return {file: outputs[file] for file in job.files}
 
 
-def check_finite(arrays: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ValueError, naming the images, where a value is NaN, infinite, or beyond float16."""
-    for file, values in arrays.items():
-        wrong = (~torch.isfinite(values)).flatten(1).any(1).nonzero().flatten().tolist()
+def check_finite(whole: dict[str, Tensor], names: list[str]) -> None:
+    """Raise ValueError, naming the images, where `finite` found a value that is NaN, infinite, or beyond float16."""
+    for file, good in whole.items():
+        wrong = (~good).nonzero().flatten().tolist()
         if wrong:
             raise ValueError(
                 f"{file}: NaN, infinity or a value beyond float16 for {listed([names[i] for i in wrong])}. "

@@ -24,6 +24,7 @@ from memory.files import atomic, read_json, remove_stale, write_json
 from scripts.sources import Source
 
 JOB, PART = "job.json", "rows-{}.json"
+DETERMINING = ("source_hash", "codec", "precision", "image_size", "image_channels", "upright", "views")
 # What a plan cannot know, or what may differ without a consequence.
 NOT_PLANNED = ("source", "num_images", "skipped", "fingerprint", "finite", "complete", "runs")
 
@@ -144,9 +145,9 @@ class Job:
 
 
 def fingerprint(meta: dict, names: Iterable[str]) -> str:
-    """SHA-256 of what determines the latents: the images by name, the codec, the size and the views."""
+    """SHA-256 of what determines the latents: the images by name, the codec and its precision, size and views."""
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
-    determining = {key: meta[key] for key in ("source_hash", "codec", "image_size", "image_channels", "views")}
+    determining = {key: meta[key] for key in DETERMINING}
     digest.update(json.dumps(determining, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import traceback
 import warnings
 import zipfile
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from dataset import LatentDataset, layout
 from models.autoencoder import load_codec
 from models.encoder import load_encoder
 from scripts import encode_dataset, store
-from scripts.encode_dataset import blocks_to_do, check_finite, main, name_fraction
+from scripts.encode_dataset import blocks_to_do, check_finite, finite, main, name_fraction
 from scripts.images import square
 from scripts.sources import open_source
 
@@ -96,12 +98,18 @@ def test_zip_and_npz_give_the_same_arrays_as_the_folder(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for file in folder.rglob("*.png"):
             archive.write(file, file.relative_to(folder))
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, "train")
+        archive.add(folder.parent / "images/a/00.png", "train/a/.hidden.png")
     source = open_source(folder)
     np.savez(tmp_path / "images.npz", arr_0=[source.image(i) for i in range(COUNT)], labels=source.labels)
     for name in (folder, tmp_path / "images.zip", tmp_path / "images.npz"):
         run(name, tmp_path / f"from-{name.suffix}")
+    run(tmp_path / "images.tar", tmp_path / "from-.tar", "--workers", 2)
     first, second, third = (content(tmp_path / f"from-{suffix}", ("source",)) for suffix in ("", ".zip", ".npz"))
     assert first == second  # names and hashes included
+    different = ("source", "source_hash", "fingerprint", "files.txt")  # the folder's name is in the tar
+    assert content(tmp_path / "from-.tar", different) == content(tmp_path / "from-", different)
     for file in ("latents.npy", "labels.npy"):
         assert first[file] == third[file]
 
@@ -188,6 +196,91 @@ def test_a_vae_store_holds_mean_and_std(folder, tmp_path):
     expected = load_codec(str(tmp_path / "vae")).encode(torch.from_numpy(grey))
     assert data.latents.shape == (COUNT, 1, 8, 8, 8)
     assert torch.equal(data.fetch(np.arange(4), np.zeros(4, int))["moments"], expected)
+
+
+def test_photos_may_be_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos/a.png", exif=exif)
+    run(tmp_path / "photos", tmp_path / "as-stored")
+    run(tmp_path / "photos", tmp_path / "upright", "--upright")
+    for name, expected in (("as-stored", pixels), ("upright", np.rot90(pixels, -1))):
+        data = LatentDataset(tmp_path / name)
+        assert np.array_equal(data.latents[0, 0], expected.transpose(2, 0, 1))
+        assert data.meta["upright"] == (name == "upright")
+    with pytest.raises(ValueError, match="upright was True, now False"):
+        run(tmp_path / "photos", tmp_path / "upright")
+
+
+def test_precision_is_kept_for_all_of_a_store(folder, weights, encoded, tmp_path, monkeypatch):
+    flags = ("--views", 2, "--holdout", 0.3, "--encoder", TINY, "--encoder-weights", weights)
+    run(folder, tmp_path / "s", *flags, "--precision", "bf16")
+    exact, coarse = (np.load(path / f"features/{TINY}.npy").astype(np.float64) for path in (encoded, tmp_path / "s"))
+    error = np.linalg.norm(exact - coarse) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.03
+    assert (LatentDataset(tmp_path / "s").meta["precision"], LatentDataset(encoded).meta["precision"]) == (
+        "bf16",
+        "fp32",
+    )
+    with pytest.raises(ValueError, match="precision was bf16, now fp32"):
+        run(folder, tmp_path / "s", *flags)
+    loaded = []
+    load = encode_dataset.load_encoder
+    monkeypatch.setattr(
+        encode_dataset, "load_encoder", lambda *_, **options: (loaded.append(options), load(*_, **options))[1]
+    )
+    run(folder, tmp_path / "s", "--add", "test_vit@48", "--encoder-weights", weights, codec=None)
+    assert loaded[0]["dtype"] == torch.bfloat16
+
+
+def test_networks_are_compiled_where_it_pays_or_on_request(monkeypatch):
+    calls = []
+    network = SimpleNamespace(compile_encoder=lambda: calls.append("codec"), compile=lambda: calls.append("encoder"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    for compiled, images, device, expected in (
+        (None, 10**6, cpu, 0),
+        (True, 1, cpu, 2),
+        (None, 10**6, cuda, 2),
+        (None, 100, cuda, 0),
+        (False, 10**6, cuda, 0),
+    ):
+        calls.clear()
+        encode_dataset.speed_up(network, network, compiled, images, device)
+        assert len(calls) == expected
+    assert not torch.backends.cudnn.allow_tf32
+    encode_dataset.speed_up(None, network, True, 1, cpu)
+    assert calls == ["encoder"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_writes_the_cpus_store_up_to_rounding(folder, weights, tmp_path, precision, monkeypatch):
+    """30 images in blocks of 8, the last of them filled up; compiled in bf16."""
+    from accelerate.state import AcceleratorState
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(3, 3, **blocks, block_out_channels=(32, 32), latent_channels=4, norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ["--views", 2, "--encoder", TINY, "--encoder-weights", weights, "--patches", "--keep-images"]
+    flags += ["--batch-size", 8, "--workers", 2, "--precision", precision]
+    for name, more in (("gpu", ["--compile"] if precision == "bf16" else []), ("cpu", [])):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if name == "cpu":
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        run(folder, tmp_path / name, *flags, *more, codec=tmp_path / "vae")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tolerance = {"fp32": 2e-3, "bf16": 3e-2}[precision]
+    for file, (shape, dtype) in layout(LatentDataset(tmp_path / "cpu").meta).items():
+        one, two = (np.load(tmp_path / name / file).astype(np.float64) for name in ("cpu", "gpu"))
+        assert one.shape == shape
+        assert np.linalg.norm(one - two) <= tolerance * np.linalg.norm(one) * (dtype == np.float16), file
+    assert LatentDataset(tmp_path / "gpu").meta["fingerprint"] == LatentDataset(tmp_path / "cpu").meta["fingerprint"]
 
 
 def die_after(monkeypatch, blocks):
@@ -400,9 +493,9 @@ def test_values_that_are_not_finite_name_the_image(folder, weights, tmp_path):
     values = torch.zeros(20, 2, 3)
     values[4, 1, 2], values[7, 0, 0] = torch.nan, -torch.inf
     with pytest.raises(ValueError, match=r"for 4, 7\. Look"):
-        check_finite({"latents.npy": values}, [str(i) for i in range(20)])
+        check_finite({"latents.npy": finite(values)}, [str(i) for i in range(20)])
     with pytest.raises(ValueError, match="9 and 10 more"):
-        check_finite({"latents.npy": values + torch.nan}, [str(i) for i in range(20)])
+        check_finite({"latents.npy": finite(values + torch.nan)}, [str(i) for i in range(20)])
 
 
 def test_the_disk_is_checked_and_reserved_before_anything_is_written(folder, tmp_path, monkeypatch, capsys):
@@ -437,6 +530,7 @@ def test_reserved_files_have_their_blocks(tmp_path):
         (("--codec", "pixels", "--add", TINY), "not allowed with argument"),
         ((), "one of the arguments --codec --add is required"),
         (("--add", TINY, "--views", "2", "--holdout", "0.1"), "leave out --views, --holdout"),
+        (("--add", TINY, "--upright", "--precision", "fp32"), "leave out --upright, --precision"),
         (("--codec", "pixels", "--patches"), "need --encoder"),
         (("--codec", "pixels", "--batch-size", "0"), "must be at least 1"),
         (("--codec", "pixels", "--holdout", "1"), "--holdout is 1.0, expected a fraction"),
