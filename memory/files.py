@@ -92,7 +92,9 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        terse = isinstance(error, LookupError | AttributeError | TypeError | MemoryError)
+        kind = f"{type(error).__name__}: " if terse else ""
+        reason = kind + " ".join(str(error).split())[:300]
         raise ValueError(f"{source}: {reason}; was it cut short or damaged? make or copy it again") from error
 
 

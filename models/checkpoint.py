@@ -18,19 +18,24 @@ import json
 import os
 import re
 from pathlib import Path
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from memory.bank import MemoryBank
-from memory.files import sha256
+from memory.files import reading, sha256
 from models.published import convert, hub_file, read_file
 from models.sit import SiT, SiT_models
 
 WEIGHTS = ("ema", "model")
 OURS = {"model_config", "ema"}  # keys of a checkpoint of train.py
 EXPORTED = "model.safetensors"  # an export's file of weights
+FACTS = {  # of a checkpoint, by their kinds
+    **{"args": (dict,), "codec": (dict, NoneType), "bank": (dict, NoneType), "encoder": (str, NoneType)},
+    **{"store": (dict, NoneType), "image_size": (int, NoneType), "steps": (int, NoneType)},
+}
 LISTED = 8  # differences of a kind that a message lists
 
 
@@ -90,10 +95,11 @@ def read_export(path: Path) -> dict:
         raise ValueError(f"checkpoint {path} cannot be read as a safetensors file: {error}") from error
     if "config" not in metadata:
         raise ValueError(f"checkpoint {path} says nothing of its network: it was not written by scripts/export.py")
-    config = json.loads(metadata["config"])
-    if config["bank"]:
-        config["bank"]["path"] = str(path.parent / config["bank"]["path"])
-    return {"ema": state, **config}
+    with reading(f"checkpoint {path}, its configuration"):
+        config = json.loads(metadata["config"])
+        if config["bank"]:
+            config["bank"]["path"] = str(path.parent / config["bank"]["path"])
+        return {"ema": state, **config}
 
 
 def read_any(path: Path) -> dict:
@@ -208,6 +214,17 @@ def contained_bank(config: dict) -> MemoryBank:
         raise ValueError(f"checkpoint {config['checkpoint']['path']}, its memory bank: {error}") from error
 
 
+def check_facts(checkpoint: dict, path: Path) -> None:
+    """Raise ValueError unless the facts of a checkpoint are of the kinds that readers rely on."""
+    for key, kinds in FACTS.items():
+        if not isinstance(checkpoint.get(key), kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"checkpoint {path}: {key} is {checkpoint.get(key)!r}, expected {expected}")
+    named = checkpoint["bank"]
+    if named is not None and not (isinstance(named.get("path"), str) and isinstance(named.get("sha256"), str | None)):
+        raise ValueError(f"checkpoint {path}: bank is {named!r}, expected its path and sha256")
+
+
 def load_model(
     path: str | os.PathLike,
     weights: str = "ema",
@@ -236,8 +253,9 @@ def load_model(
     checkpoint = read_any(path)
     if weights not in checkpoint:
         raise ValueError(f"checkpoint {path} is a snapshot without {weights!r} weights: use --weights ema")
-    with torch.device("meta"):  # drawing the initial weights of an XL takes longer than reading its file
+    with reading(f"checkpoint {path}, its model_config"), torch.device("meta"):  # drawing weights would take longer
         model = build_model(checkpoint["model_config"])
+    check_facts(checkpoint, path)
     taken_for = f" (by its tensors {checkpoint['format']})" if "format" in checkpoint else ""
     load_state(model.to_empty(device="cpu"), checkpoint[weights], f"checkpoint {path}{taken_for}")
     checkpoint["model_config"] = model.config
