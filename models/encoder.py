@@ -24,7 +24,6 @@ from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
 from memory.files import sha256, weights_folder
-from models.kernels import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ class Encoder:
     def compile(self) -> None:
         """Let torch.compile make the blocks of a transformer faster, which pays for many batches of one size."""
         if isinstance(self.model, VisionTransformer):
-            compile_blocks(self.model)
+            for block in self.model.blocks:  # which share their code, so that one is compiled for all
+                block.compile(dynamic=False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, return_patches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
