@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memory.files import sha256, weights_folder
+from memory.files import reading, sha256, weights_folder
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
@@ -93,15 +93,22 @@ class VAECodec:
         # A GPU's convolutions want the channels innermost; on a CPU nothing is gained.
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.sha256 = sha256(folder / WEIGHTS)
-        self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        self.vae.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
-        config = self.vae.config
+        with reading(f"codec {name!r} in {folder}"):
+            self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+            self.vae.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
+            self._take(self.vae.config, scale)
+
+    def _take(self, config: object, scale: float | None) -> None:
+        """Channels, downsampling, scale and shift from a VAE's configuration; ValueError if they are no numbers."""
         self.channels, self.latent_channels = config.in_channels, config.latent_channels
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = config.scaling_factor if scale is None else scale, config.shift_factor or 0.0
         if config.latents_std is not None:  # some VAEs are normalised channel by channel
             self.scale = [self.scale / std for std in config.latents_std]
             self.shift = list(config.latents_mean)
+        for key, value in (("scaling_factor", self.scale), ("shift_factor", self.shift)):
+            if not torch.tensor(value, dtype=torch.float64).isfinite().all():
+                raise ValueError(f"{key} is {value!r} in {CONFIG}, expected finite numbers")
 
     def meta(self, image_size: int) -> dict:
         side = self.latent_side(image_size)

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from memory.files import reading
 from scripts.images import read_image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -253,11 +254,11 @@ def listed_labels(path: Path, names: list[str], text: str) -> np.ndarray | None:
     """Labels (N,) of dataset.json, `{"labels": [[name, class], …]}`; None if it says null."""
     try:
         pairs = json.loads(text)["labels"]
+        classes = None if pairs is None else dict(pairs)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{LABELS_FILE} of {path} is not JSON of the form {{"labels": …}}: {error!r}') from error
-    if pairs is None:
+    if classes is None:
         return None
-    classes = dict(pairs)
     for name in names:
         if type(classes.get(name)) is not int or classes[name] < 0:
             raise ValueError(
@@ -286,16 +287,16 @@ def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list
 
 
 def npz_source(path: Path) -> NpzSource:
-    images = npz_array(path)
+    with reading(f"source {path}"):
+        images = npz_array(path)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise ValueError(
             f"images of {path} are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3), "
             "(N, height, width, 1) or (N, height, width)"
         )
-    with zipfile.ZipFile(path) as archive:
-        content = archive.getinfo(f"{npz_key(path)}.npy").CRC
-    with np.load(path, allow_pickle=False) as file:
-        keys = [key for key in ("labels", "arr_1") if key in file]
+    with reading(f"source {path}"), np.load(path, allow_pickle=False) as file:
+        content = file.zip.getinfo(f"{npz_key(path)}.npy").CRC
+        keys = [key for key in ("labels", "arr_1") if f"{key}.npy" in file.zip.namelist()]
         labels = file[keys[0]] if keys else None
     grey = images.ndim == 3 or images.shape[3] == 1
     return NpzSource(path, **numbered(path, len(images), labels, content), grey=grey)
@@ -304,9 +305,9 @@ def npz_source(path: Path) -> NpzSource:
 def npz_key(path: Path) -> str:
     """Which array of an npz holds the images."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = [key for key in ("arr_0", "images") if key in file]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        with zipfile.ZipFile(path) as file:
+            keys = [key for key in ("arr_0", "images") if f"{key}.npy" in file.namelist()]
+    except zipfile.BadZipFile as error:
         raise ValueError(f"source {path} is no npz file, or was cut short ({error})") from error
     if not keys:
         raise ValueError(f"source {path} has no array `arr_0` or `images`")
