@@ -77,6 +77,8 @@ def read_meta(store: str | os.PathLike) -> dict:
             raise ValueError(f"{path / META}: {key} is {value!r}, expected {kind.__name__}: copy or encode it again")
     with reading(path / META):
         layout(meta)
+        if len(meta["views"]) != meta["num_views"]:
+            raise ValueError(f"it names the views {meta['views']}, but num_views is {meta['num_views']}")
     return meta
 
 

@@ -287,17 +287,19 @@ def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list
 
 
 def npz_source(path: Path) -> NpzSource:
-    with reading(f"source {path}"):
+    key = npz_key(path)
+    with reading(f"source {path}"), np.load(path, allow_pickle=False) as file:
         images = npz_array(path)
+        content = file.zip.getinfo(f"{key}.npy").CRC
+        keys = [key for key in ("labels", "arr_1") if f"{key}.npy" in file.zip.namelist()]
+        labels = file[keys[0]] if keys else None
+    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
+        raise ValueError(f"source {path} holds files that are no arrays")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise ValueError(
             f"images of {path} are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3), "
             "(N, height, width, 1) or (N, height, width)"
         )
-    with reading(f"source {path}"), np.load(path, allow_pickle=False) as file:
-        content = file.zip.getinfo(f"{npz_key(path)}.npy").CRC
-        keys = [key for key in ("labels", "arr_1") if f"{key}.npy" in file.zip.namelist()]
-        labels = file[keys[0]] if keys else None
     grey = images.ndim == 3 or images.shape[3] == 1
     return NpzSource(path, **numbered(path, len(images), labels, content), grey=grey)
 
