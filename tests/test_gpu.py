@@ -49,14 +49,22 @@ def test_the_cpu_samples_the_same_images(folder, monkeypatch):  # noqa: F811
     store = write_store(folder / "gpu-pixels", pixels=True)
     bank = write_bank(folder / "gpu-pixel-bank", store)
     train.main(command(folder, folder / "gpu-run", "--steps", 6, "--store", store, "--bank", bank))
-    words = ["--checkpoint", folder / "gpu-run", "--num-images", 8, "--steps", 10, "--precision", "fp32"]
-    sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-gpu")])
-    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--checkpoint", folder / "gpu-run", "--num-images", 8, "--steps", 10]
+
+    def sample(name, *more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sample_ddp.main([str(word) for word in (*words, "--out", folder / name, *more)])
+        facts = json.loads((folder / name / "samples.json").read_text())["run"]
+        return np.load(folder / name / "samples.npz")["arr_0"].astype(int), facts
+
+    on_gpu, gpu_facts = sample("on-gpu", "--precision", "fp32")
+    compiled, compiled_facts = sample("compiled", "--precision", "fp32", "--compile", "--batch-size", 3)
+    half, _ = sample("half", "--compile")
+    plain_half, _ = sample("plain-half", "--no-compile")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    sample_ddp.main([str(word) for word in (*words, "--out", folder / "on-cpu")])
-    one, two = (np.load(folder / name / "samples.npz")["arr_0"].astype(int) for name in ("on-gpu", "on-cpu"))
-    assert np.abs(one - two).max() <= 2
-    devices = [
-        json.loads((folder / name / "samples.json").read_text())["run"]["device"] for name in ("on-gpu", "on-cpu")
-    ]
-    assert devices[0] != devices[1]
+    on_cpu, cpu_facts = sample("on-cpu", "--precision", "fp32")
+    assert np.abs(on_gpu - on_cpu).max() <= 2
+    assert np.abs(compiled - on_cpu).max() <= 2
+    assert np.abs(half - on_cpu).mean() < 1.25 * np.abs(plain_half - on_cpu).mean() + 0.1
+    assert gpu_facts["device"] != cpu_facts["device"]
+    assert compiled_facts["compiled"]
