@@ -1,0 +1,305 @@
+"""The README's table *published / reproduced / command*, and what everything cost, from the results of the commands.
+
+    python -m scripts.report samples/*/*.json banks/* data/* runs/* --out report.md
+
+Takes, in any order, JSON files of evaluations.evaluator, and the folders of banks, stores and training runs, which it
+finds again by the hashes that the samples.json inside each result names. Prints Markdown:
+
+    published and reproduced   a line for each figure quoted from a paper (scripts/quoted.py), and below it what the
+                               published weights and our own training scored; a line that was not run stays empty, with
+                               its command beside it
+    other results              a table for each number of images, reference and network: these do not compare
+    not for comparison         what a network of the snippets' family says
+    cost                       operations and GPU-hours of encoding, bank and training, floats kept, bits of a condition
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluations.card import table
+from evaluations.evaluator import ENOUGH
+from evaluations.inception import WEIGHTS
+from evaluations.samples import family
+from memory.files import atomic, read_json
+from models.published import GMEM, REPA, SIT
+from samplers import sde_samplers
+from scripts import cost
+from scripts.quoted import BATCH, QUOTED, Quoted
+
+IMAGES = 50_000  # of papers' figures
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # of papers' figures, by ADM
+METRICS = ("FID", "sFID", "Inception Score", "Precision", "Recall")
+METHODS = {GMEM: "GMem", REPA: "REPA", SIT: "SiT"}
+SCORE = f"python -m evaluations.evaluator {REFERENCE} SAMPLES"
+# What networks were trained on, by the tag of timm's weights.
+TRAINED_ON = {"lvd142m": "LVD-142M, no labels", "in1k": "ImageNet-1k, labels", "lvd1689m": "LVD-1689M, no labels"}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Results of this project beside published ones, as Markdown.")
+    add = parser.add_argument
+    add("sources", metavar="SOURCE", type=Path, nargs="*", help="evaluator's JSON; folder of a bank, a store or a run")
+    add("--out", metavar="FILE", type=Path, help="write the Markdown here too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, print and write."""
+    args = parse(argv)
+    sources = Sources(args.sources)
+    page = "\n\n".join([*reproduced(sources.results), *others(sources.results), *costs(sources)]) + "\n"
+    print(page, end="")
+    if args.out:
+        with atomic(args.out) as temporary:
+            temporary.write_text(page)
+
+
+class Result:
+    """One result of the evaluator, with what the samples' maker said."""
+
+    def __init__(self, path: Path):
+        self.path, self.json = path, read_json(path)
+        if not self.json.keys() >= {"metrics", "reference", "samples", "run"}:
+            raise ValueError(f"{path} is no result of evaluations.evaluator; give such JSON files, or folders")
+        self.made = self.json["samples"][0]["made"]
+        self.settings, self.run = self.made.get("settings", {}), self.made.get("run") or {}
+        self.trained = self.run.get("trained") or {}
+        self.title = Path(self.json["samples"][0]["path"]).with_suffix("").as_posix()
+
+    @property
+    def method(self) -> str | None:
+        """Whose method trained the network: by the file it came in, or by its condition and alignment."""
+        form, condition = self.trained.get("format"), self.settings.get("condition")
+        if form or condition is None:
+            return METHODS.get(form)
+        aligned = self.trained["args"].get("align_coeff", 0) > 0
+        return {"snippet": "GMem", "label": "REPA" if aligned else "SiT"}.get(condition)
+
+    @property
+    def kind(self) -> str:
+        """`re-evaluated`: others' weights; `retrained`: ours."""
+        return "re-evaluated" if self.trained.get("format") else "retrained"
+
+    @property
+    def sampler(self) -> str:
+        return "SDE" if self.settings.get("sampler") in sde_samplers else "ODE"
+
+    @property
+    def protocol(self) -> tuple[int, str, str]:
+        """What must be equal for two results to compare: number of images, reference, network."""
+        network = self.json["network"]
+        return self.json["num_samples"], self.json["reference"]["sha256"], f"{network['name']} {network['sha256']}"
+
+    @property
+    def as_papers(self) -> bool:
+        """Whether its figures may stand beside published ones."""
+        return (
+            self.json["num_samples"] == IMAGES
+            and Path(self.json["reference"]["path"]).name == REFERENCE
+            and self.json["network"]["sha256"].startswith(Path(WEIGHTS).stem.rpartition("-")[2])
+            and not self.json["same_family_as_snippets"]
+        )
+
+    def reproduces(self, quoted: Quoted) -> bool:
+        """Whether it was trained, as far as the file says, and sampled as the quoted figure was."""
+        guidance = self.settings.get("guidance")
+        facts = [
+            (self.method, quoted.method),
+            ((self.trained.get("model_config") or {}).get("model"), quoted.model),
+            (self.sampler, quoted.sampler),
+            (guidance and {name: guidance[name] for name in quoted.guidance or guidance}, quoted.guidance),
+        ]
+        if quoted.evaluations is not None:
+            facts.append((self.settings.get("evaluations"), quoted.evaluations))
+        if self.settings.get("training_steps") is not None:
+            facts.append((self.settings["training_steps"], quoted.training_steps))
+        elif quoted.re_evaluate is None:
+            return False  # the published file does not say how long: it is the one that can be sampled
+        return self.as_papers and all(ours == theirs for ours, theirs in facts)
+
+    def figures(self, names: Sequence[str]) -> dict[str, str]:
+        """Its metrics as text."""
+        return {name: f"{self.json['metrics'][name]:.4g}" for name in names if name in self.json["metrics"]}
+
+
+@dataclass
+class Sources:
+    """Results, and what they were made from by its hash: banks, stores; runs by their folder."""
+
+    results: list[Result]
+    banks: dict[str, dict]
+    stores: dict[str, dict]
+    runs: list[Path]
+
+    def __init__(self, paths: list[Path]):
+        self.results, self.banks, self.stores, self.runs = [], {}, {}, []
+        for path in paths:
+            if path.is_file():
+                self.results.append(Result(path))
+            elif (path / "bank.json").is_file():
+                bank = read_json(path / "bank.json")
+                self.banks[bank["sha256"]["bank.pth"]] = bank
+            elif (path / "meta.json").is_file():
+                meta = read_json(path / "meta.json")
+                self.stores[meta["fingerprint"]] = meta
+            elif (path / "config.json").is_file():
+                self.runs.append(path.resolve())
+            else:
+                raise ValueError(f"{path}: expected a JSON file, or the folder of a bank, a store or a training run")
+
+    def bank(self, result: Result) -> dict | None:
+        """bank.json of the bank that the samples were drawn from."""
+        return self.banks.get((result.settings.get("bank") or {}).get("bank.pth"))
+
+    def store(self, result: Result) -> dict | None:
+        """meta.json of the store that the network was trained on."""
+        return self.stores.get((result.trained.get("store") or {}).get("fingerprint"))
+
+    def training(self, result: Result) -> Path | None:
+        """The folder of the run that the sampled checkpoint lies in."""
+        checkpoint = Path(result.run.get("checkpoint", "")).resolve()
+        return next((run for run in self.runs if run in checkpoint.parents), None)
+
+
+def reproduced(results: list[Result]) -> list[str]:
+    """The table of quoted figures, and below each what was reproduced or the command that would."""
+    comparable = [result for result in results if result.as_papers]
+    digests = {result.json["reference"]["sha256"] for result in comparable}
+    if len(digests) > 1:
+        files = ", ".join(f"{result.path} ({result.json['reference']['sha256'][:12]})" for result in comparable)
+        raise ValueError(f"two different files are called {REFERENCE}: {files}; find out which one is ADM's")
+    rows = []
+    for quoted in QUOTED:
+        sampler = quoted.sampler if quoted.evaluations is None else f"{quoted.sampler} {quoted.evaluations}"
+        sampler += f", guidance {quoted.guidance['scale']}" if quoted.guidance else ""
+        what = {"": f"{quoted.method} {quoted.model}", "steps": f"{quoted.training_steps:,}", "sampler": sampler}
+        figures = {name: f"{quoted.metrics[name]:g}" if name in quoted.metrics else "" for name in METRICS}
+        flop = f"{training_flop(quoted.method, quoted.model, BATCH * quoted.training_steps):.2e}"
+        rows.append(what | {"training FLOP": flop, "figures are": "quoted"} | figures | {"from": quoted.source})
+        for kind, command in (("re-evaluated", quoted.re_evaluate), ("retrained", quoted.retrain)):
+            found = [r.figures(METRICS) for r in comparable if r.kind == kind and r.reproduces(quoted)]
+            for values in found or [{}] * (command is not None):
+                rows.append(dict.fromkeys(what, "") | {"figures are": kind} | values | {"from": f"`{command}`"})
+    digest = f", sha256 {digests.pop()[:12]} here" if digests else ""
+    return [
+        "## Published and reproduced",
+        f"ImageNet 256×256, {IMAGES:,} samples, reference {REFERENCE}{digest}. A line without figures was not run. "
+        "Its command makes the samples, or the network, which `CHECKPOINT=RUN bash scripts/sample-…-xl.sh` samples; "
+        f"`{SCORE}` scores them. Training FLOP are counted at {BATCH} images a step, which GMem does not state.",
+        table(rows),
+    ]
+
+
+@functools.cache
+def training_flop(method: str, model: str, images: int) -> int:
+    """Of a published training, counted from the network without its alignment head."""
+    condition = "snippet" if method == "GMem" else "label"
+    return cost.training_flop(cost.network({"model": model, "condition": condition}), images)
+
+
+def others(results: list[Result]) -> list[str]:
+    """A table for each protocol of the results that do not compare with papers, the snippets' family last."""
+    known = [result for result in results if any(result.reproduces(quoted) for quoted in QUOTED)]
+    left = sorted((r for r in results if r not in known), key=lambda r: r.json["same_family_as_snippets"])
+    parts, groups = [], {}
+    for result in left:
+        groups.setdefault((result.json["same_family_as_snippets"], result.protocol), []).append(result)
+    for (related, (count, digest, _)), group in groups.items():
+        heading = "## Not for comparison: the network is of the snippets' family" if related else "## Other results"
+        if heading not in parts:
+            parts.append(heading)
+        first = group[0].json
+        few = "" if count >= ENOUGH else f" Below {ENOUGH:,} samples every distance is biased upward."
+        parts.append(
+            f"{count:,} samples against {Path(first['reference']['path']).name} (sha256 {digest[:12]}), "
+            f"{first['network']['name']}.{few}"
+        )
+        parts.append(
+            table(
+                [
+                    {"samples": result.title, "steps": thousands(result.settings.get("training_steps"))}
+                    | {"sampled by": result.json["protocol"].partition(", ")[2]}
+                    | result.figures(list(result.json["metrics"]))
+                    | {"code": result.json["run"]["code"][:12]}
+                    for result in group
+                ]
+            )
+        )
+    return parts
+
+
+def costs(sources: Sources) -> list[str]:
+    """What each result's network took to make, and what it holds."""
+    rows = []
+    for result in sources.results:
+        if not result.trained:
+            continue
+        bank, meta, run = sources.bank(result), sources.store(result), sources.training(result)
+        model, args = cost.network(result.trained["model_config"]), result.trained["args"]
+        floats, bits = memory_of(result, bank)
+        row = {
+            "samples": result.title,
+            "network floats": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            "bank floats": thousands(floats),
+            "condition bits": "" if bits is None else f"{bits:.1f}",
+            "encoder": encoder_of(result, meta),
+            "flips": "" if meta is None else "yes" if meta["num_views"] == 2 else "no",
+            "precision": args.get("precision") or "",
+            "batch": thousands(args.get("batch_size")),
+        }
+        steps, encoder = result.settings.get("training_steps"), result.settings.get("encoder")
+        flop = {"encoding": None, "bank": None, "training": None}
+        hours = dict(flop)
+        if meta and encoder:
+            flop["encoding"], hours["encoding"] = cost.encoding_flop(meta, encoder), cost.encoding_hours(meta)
+        if bank and meta:
+            flop["bank"], hours["bank"] = cost.bank_flop(bank, meta["num_images"]), cost.bank_hours(bank)
+        if steps and args.get("batch_size"):
+            flop["training"] = cost.training_flop(model, steps * args["batch_size"])
+        if run:
+            hours["training"] = cost.training_hours(run)
+        row |= {f"{part} FLOP": "" if n is None else f"{n:.2e}" for part, n in flop.items()}
+        row |= {f"{part} hours": "" if n is None else f"{n:.3g}" for part, n in hours.items()}
+        rows.append(row | {"images/s": f"{result.run['images_per_second']:.2f} on {result.run['device']}"})
+    if not rows:
+        return []
+    return [
+        "## Cost",
+        "Floating-point operations are counted, two for a multiply-add and three forwards for a training step; hours "
+        "are of one GPU, or one process on a CPU, as the commands noted them. What is empty was not given or noted.",
+        table(rows),
+    ]
+
+
+def memory_of(result: Result, bank: dict | None) -> tuple[int | None, float | None]:
+    """Floats kept in the bank, and the bits that its K rows or the labels tell of an image; None where not known."""
+    config, named = result.trained["model_config"], bank or result.trained.get("bank") or {}
+    floats, bits = (0, 0.0) if "snippet" not in config["condition"] else (None, None)
+    if named.get("k") and "snippet" in config["condition"]:
+        floats, bits = named["k"] * named["dim"], math.log2(named["k"])
+    if "label" in config["condition"] and bits is not None:
+        bits += math.log2(config["num_classes"])
+    return floats, bits
+
+
+def encoder_of(result: Result, meta: dict | None) -> str:
+    """The snippets' encoder, and what it was trained on as far as its weights' name says."""
+    name = result.settings.get("encoder")
+    if not name:
+        return ""
+    model = meta["encoders"][name]["model"] if meta else name
+    tag = model.partition(".")[2].partition("_")[0] or {"dinov2": "lvd142m", "efficientnet": "in1k"}.get(family(name))
+    return f"{name} ({TRAINED_ON.get(tag, tag or 'training data not known')})"
+
+
+def thousands(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+if __name__ == "__main__":
+    main()
