@@ -166,7 +166,7 @@ def tar_source(path: Path) -> TarSource:
     """A tar of images, listed once by its headers. A tar inside it counts as a folder of its name, so that ImageNet's
     own file, a tar of one tar a class, has the names and labels of the unpacked class folders."""
     spans, text = {}, None
-    with open(path, "rb") as archive:
+    with open(path, "rb", buffering=0) as archive:  # a buffer would read ahead, a megabyte a file on some disks
         members = tar_members(archive, path, 0, path.stat().st_size)
         for name, begin, size in tqdm(members, unit="file", desc=f"listing {path.name}", mininterval=1, delay=2):
             if name in spans:
