@@ -156,6 +156,7 @@ class Generator:
         self.sources = {
             "checkpoint": self.config["checkpoint"]["path"],
             "bank": self.bank and str(self.bank.path or self.config["checkpoint"]["path"]),
+            "bank_shape": self.bank and list(self.bank.snippets.shape),
             "codec": codec_meta["name"],
             "trained": {key: self.config.get(key) for key in ("format", "model_config", "args", "bank", "store")},
         }

@@ -241,7 +241,7 @@ def costs(sources: Sources) -> list[str]:
             continue
         bank, meta, run = sources.bank(result), sources.store(result), sources.training(result)
         model, args = cost.network(result.trained["model_config"]), result.trained["args"]
-        floats, bits = memory_of(result, bank)
+        floats, bits = memory_of(result)
         row = {
             "samples": result.title,
             "network floats": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
@@ -276,15 +276,14 @@ def costs(sources: Sources) -> list[str]:
     ]
 
 
-def memory_of(result: Result, bank: dict | None) -> tuple[int | None, float | None]:
-    """Floats kept in the bank, and the bits that its K rows or the labels tell of an image; None where not known."""
-    config, named = result.trained["model_config"], bank or result.trained.get("bank") or {}
-    floats, bits = (0, 0.0) if "snippet" not in config["condition"] else (None, None)
-    if named.get("k") and "snippet" in config["condition"]:
-        floats, bits = named["k"] * named["dim"], math.log2(named["k"])
-    if "label" in config["condition"] and bits is not None:
-        bits += math.log2(config["num_classes"])
-    return floats, bits
+def memory_of(result: Result) -> tuple[int | None, float | None]:
+    """Floats kept in the bank, and the bits that its K rows and the labels tell of an image; None without a bank, for
+    snippets from a file."""
+    config, shape = result.trained["model_config"], result.run.get("bank_shape")
+    bits = math.log2(config["num_classes"]) if "label" in config["condition"] else 0.0
+    if "snippet" not in config["condition"]:
+        return 0, bits
+    return (shape[0] * shape[1], bits + math.log2(shape[0])) if shape else (None, None)
 
 
 def encoder_of(result: Result, meta: dict | None) -> str:

@@ -119,6 +119,7 @@ def test_what_a_run_leaves(folder, run):
     assert facts["run"]["generated"] == 7
     assert facts["run"]["images_per_second"] > 0
     trained = torch.load(folder / "snippet.pt", weights_only=True)
+    assert facts["run"]["bank_shape"] == list(load_model(folder / "snippet.pt")[2].snippets.shape)
     assert facts["run"]["trained"].pop("format") is None, "a checkpoint of our own"
     assert facts["run"]["trained"] == {key: trained[key] for key in ("model_config", "args", "bank", "store")}
 
