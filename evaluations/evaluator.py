@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command that scores images: which network, how many, how."""
     add = parser.add_argument
-    add("--inception", metavar="FILE", help="Inception weights (default: $INCEPTION_WEIGHTS, then torch hub's cache)")
+    add("--inception", metavar="FILE", help="Inception weights (default: $INCEPTION_WEIGHTS, or what fetch.sh got)")
     add("--encoder", metavar="NAME", help="encoder of models/encoder.py instead of Inception; it names the metrics")
     add("--encoder-weights", metavar="FILE", help="local weights of --encoder")
     add("--num-samples", metavar="N", type=int, help="use the first N of the samples (default: all)")
