@@ -2,7 +2,7 @@
 # Baseline: SiT-XL/2 on labels with the alignment of REPA, without flips. The same command again continues.
 #   bash scripts/train-repa-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh.
-# Hardware, memory, disk   as train-gmem-xl.sh
+# Hardware, memory, disk   as for train-gmem-xl.sh
 # Time      estimate at 400 images/s a GPU, as there: 400,000 steps take 9 hours on eight, STEPS=4000000 takes 89
 # Expected  published, FID-50K without guidance: 7.9 at 400,000 steps, 5.9 at 4,000,000. Not yet reproduced; the authors
 #           trained in fp16, this recipe in bf16

@@ -2,7 +2,7 @@
 # Baseline: SiT-XL/2 on labels, with flips, without alignment and without clipping. The same command again continues.
 #   VIEWS=2 KEEP_IMAGES=no bash scripts/encode-imagenet.sh && bash scripts/train-sit-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh.
-# Hardware, memory, disk   as train-gmem-xl.sh
+# Hardware, memory, disk   as for train-gmem-xl.sh
 # Time      estimate at 400 images/s a GPU, as there: 400,000 steps take 9 hours on eight, STEPS=7000000 takes 156
 # Expected  published, FID-50K without guidance, SDE: 17.19 at 400,000 steps, 8.26 at 7,000,000. Not yet reproduced;
 #           the authors trained without autocast, this recipe in bf16

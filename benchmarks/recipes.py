@@ -1,0 +1,190 @@
+"""Do the recipes survive? The ImageNet scripts at real shapes on random data, one process killed in each long stage.
+
+    python -m benchmarks.recipes --gpus 2 --work /tmp/recipes --out benchmarks/results/recipes.json
+
+Makes JPEG files and random weights in their real formats (a VAE of Stable Diffusion's shape, DINOv2 ViT-B/14, GMem's
+published file), then runs encode-imagenet.sh, build-bank-imagenet.sh, train-gmem-xl.sh with the alignment online and
+sample-gmem-xl.sh from the published file. In the last two one process is killed at work, the recipe must fail, and the
+same command must continue: the steps that training repeats have the losses of the first time, and the first images
+equal those of a run that nobody killed. `--small` shrinks every size for a machine without a GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import psutil
+import timm
+import torch
+
+from benchmarks.path import make_encoder, make_images, make_vae
+from memory.files import write_json
+from models.sit import SiT_models
+
+GMEM = "GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth"
+LOG_EVERY, SAVE_EVERY = 2, 10  # steps
+PATIENCE = 900  # seconds until a recipe must have begun its work
+POLL = 0.05
+
+
+def make_gmem(path: Path, name: str, latent_side: int, dim: int, snippets: int) -> None:
+    """GMem's published file with random weights and bank, none of its layers zero."""
+    torch.manual_seed(0)
+    heads = {"align_dims": (768,)} if name.startswith("SiT-XL") else {}
+    model = SiT_models[name](input_size=latent_side, snippet_dim=dim, **heads)
+    for parameter in (*model.blocks.parameters(), *model.final_layer.parameters()):
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    bank = {"memorybank": torch.randn(snippets, dim), "memoryfreq": [1 + i % 3 for i in range(snippets)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"network": model.state_dict(), **bank}, path)
+
+
+def workers(recipe: psutil.Process, script: str) -> list[psutil.Process]:
+    """The processes that a recipe's command runs in, without their launcher and their own children."""
+    found = {}
+    for process in recipe.children(recursive=True):
+        try:
+            words = process.cmdline()
+            if script in words and "torch.distributed.run" not in words and process.ppid() not in found:
+                found[process.pid] = process
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return list(found.values())
+
+
+class Recipes:
+    """Runs recipes in one environment and notes what each took."""
+
+    def __init__(self, variables: dict[str, object]):
+        self.environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        self.rows = []
+
+    def run(self, title: str, recipe: str, *flags: object, when: Callable[[], bool] | None = None, **variables) -> None:
+        """Run `scripts/RECIPE`; with `when`, kill its last process once that is true, and expect it to fail."""
+        print(f"+ {recipe}: {title}", flush=True)
+        environment = {**self.environment, **{name: str(value) for name, value in variables.items()}}
+        begin = time.perf_counter()
+        process = subprocess.Popen(["bash", f"scripts/{recipe}", *map(str, flags)], env=environment)
+        if when:
+            while not when():
+                assert process.poll() is None, f"{recipe} ended before it could be killed, with {process.returncode}"
+                assert time.perf_counter() - begin < PATIENCE, f"{recipe} has not begun its work"
+                time.sleep(POLL)
+            workers(psutil.Process(process.pid), "sample_ddp.py" if "sample" in recipe else "train.py")[-1].kill()
+        status = process.wait()
+        assert (status != 0) == bool(when), f"{recipe} ended with status {status}"
+        self.rows.append({"what": title, "recipe": recipe, "seconds": round(time.perf_counter() - begin, 1)})
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step of a run's log."""
+    path = run / "log.jsonl"
+    lines = (
+        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    )
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def finished(samples: Path) -> int:
+    """Images that an unfinished run has marked as done."""
+    path = samples / ".done"
+    return int(np.fromfile(path, np.uint8).sum()) if path.exists() else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run the ImageNet recipes on random data, and kill them.")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of every recipe")
+    parser.add_argument("--work", type=Path, required=True, help="empty folder for what the recipes write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the data, run the recipes, compare, write the results."""
+    args = parse(argv)
+    work, small = args.work.resolve(), args.small
+    size, images, model, batch, drawn = (64, 40, "SiT-Ti/2", 4, 12) if small else (256, 512, "SiT-XL/2", 64, 64)
+    encoder = ("test_vit@64", "test_vit") if small else ("dinov2-vitb14", "vit_base_patch14_dinov2.lvd142m")
+    weights, store, run = work / "weights", work / "store", work / "run"
+    make_images(work / "imagenet", images, size)
+    make_vae(weights / "sd-vae-ft-mse", small)
+    make_encoder(weights / "encoder.safetensors", encoder[1])
+    make_gmem(weights / GMEM, model, size // 8, 64 if small else 768, 16 if small else 640_000)
+
+    variables = {"NPROC": args.gpus, "IMAGENET": work / "imagenet", "GMEM_WEIGHTS": weights, "SIZE": size}
+    variables |= {"STORE": store, "BANK": work / "bank", "ENCODER": encoder[0], "HOLDOUT": 0.1, "K": images // 4}
+    variables |= {"ENCODER_WEIGHTS": weights / "encoder.safetensors", "BATCH": batch, "MODEL": model}
+    recipes = Recipes(variables)
+    recipes.run(f"encode {images} images", "encode-imagenet.sh")
+    recipes.run("bank", "build-bank-imagenet.sh")
+
+    train = f"--log-every {LOG_EVERY} --save-every {SAVE_EVERY} --keep 1 --sample-every 0".split()
+    train += ["--model-options", "align_depth=2"] * small
+    steps = {"OUT": run, "STEPS": 1_000_000}
+    saved, before = run / "checkpoints" / f"{SAVE_EVERY:07d}.pt", {}
+
+    def beyond_a_checkpoint() -> bool:
+        before.update(losses(run))
+        return saved.exists() and max(before, default=0) > SAVE_EVERY
+
+    recipes.run("train, one process killed", "train-gmem-xl.sh", *train, when=beyond_a_checkpoint, **steps)
+    checkpoints = sorted(int(path.stem) for path in (run / "checkpoints").glob("[0-9]*.pt") if path.stem.isdigit())
+    before |= losses(run)
+    last = max(before) + 2 * LOG_EVERY
+    recipes.run(f"train, continued from {checkpoints[-1]} to {last}", "train-gmem-xl.sh", *train, OUT=run, STEPS=last)
+    after = losses(run)
+    assert list(after) == list(range(LOG_EVERY, last + 1, LOG_EVERY)), f"steps in the log: {list(after)}"
+    repeated = [step for step in before if step > checkpoints[-1]]
+    assert repeated, "the process was killed right after a checkpoint: nothing was repeated, run this again"
+    largest = max(abs(after[step] / before[step] - 1) for step in repeated)
+    assert largest < (1e-6 if small else 1e-2), f"losses before {before}, after {after}"
+
+    sample = ["--steps", 4 if small else 250]
+    whole, killed = work / "samples-whole", work / "samples"
+    alone = max(2, drawn // 8)
+    recipe, some = "sample-gmem-xl.sh", {"BATCH": max(1, drawn // (4 * args.gpus)), "OUT": killed, "IMAGES": drawn}
+    recipes.run("sample, one process killed", recipe, *sample, when=lambda: finished(killed) > 0, **some)
+    kept = finished(killed)
+    recipes.run(f"sample, continued from {kept} images", recipe, *sample, **some)
+    recipes.run(f"sample {alone} on one", recipe, *sample, **some | {"OUT": whole, "IMAGES": alone, "NPROC": 1})
+    array, reference = (np.load(folder / "samples.npz")["arr_0"] for folder in (killed, whole))
+    assert array.shape == (drawn, size, size, 3), array.shape
+    difference = np.abs(array[:alone].astype(int) - reference)
+    assert difference.max() <= 8, f"images differ by {difference.max()} levels"
+    assert len(np.unique(array.reshape(drawn, -1), axis=0)) == drawn, "images repeat"
+
+    on_gpu = torch.cuda.is_available()
+    result = {
+        "command": f"python -m benchmarks.recipes --gpus {args.gpus}{' --small' * small} --work DIR --out FILE",
+        "date": str(date.today()),
+        "device": f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        if on_gpu
+        else platform.processor() or "CPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "recipes": recipes.rows,
+        "training steps repeated": repeated,
+        "largest relative difference of their losses": largest,
+        "images kept of the killed run": kept,
+        "largest pixel difference of the images": int(difference.max()),
+        "mean pixel difference of the images": float(difference.mean()),
+    }
+    write_json(args.out, result)
+    print(f"\n{'seconds':>9}  recipe (start-up and compilation included)")
+    for row in recipes.rows:
+        print(f"{row['seconds']:9.1f}  {row['recipe']}: {row['what']}")
+    for key in list(result)[5:]:
+        print(f"{key}: {result[key]}")
+
+
+if __name__ == "__main__":
+    main()

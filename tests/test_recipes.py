@@ -1,0 +1,500 @@
+"""The recipes in scripts/: what each runs by default, every one of them at tiny size, and what signals do to them.
+
+Scripts run as users run them; only their `python` is one that has imported everything (preloaded_python.py).
+"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import recipes as bench
+from benchmarks.path import make_encoder
+from models.sit import SiT_models
+from scripts.fetch import FILES
+from scripts.sources import open_source
+
+ELSEWHERE = {"demo.sh": "tests/test_demo.py", "fetch.sh": "tests/test_fetch.py", "test.sh": ".ci/run"}
+SOURCED = {"launch.sh", "imagenet.sh", "setup.sh"}
+STAGES = ["encode-imagenet.sh", "build-bank-imagenet.sh", "train-gmem-xl.sh", "train-gmem-b.sh", "train-sit-xl.sh"]
+STAGES += ["train-repa-xl.sh", "sample-gmem-xl.sh", "sample-gmem-xl-ode.sh", "sample-sit-xl.sh", "sample-repa-xl.sh"]
+SMALL_RUN = "--save-every 2 --eval-every 2 --sample-every 0 --log-every 1 --workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory, root):
+    """A folder with a `python` that has imported everything."""
+    folder = tmp_path_factory.mktemp("python")
+    helper, socket = root / "tests" / "preloaded_python.py", folder / "socket"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, helper, "serve", socket]
+    server = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "ready\n"
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {helper} client {socket} {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    yield folder
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def environment(python):
+    """The variables of a shell in which `python` is that one, without a GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    path = f"{python}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHON_EXEC": str(python / "python"), "CUDA_VISIBLE_DEVICES": "", "NPROC": "1"}
+
+
+def bash(root, environment, script, *flags, status=0, **variables):
+    """Run a script; returns what it printed."""
+    environment = {**environment, **{name: str(value) for name, value in variables.items()}}
+    words = ["bash", root / "scripts" / script, *map(str, flags)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_every_script_is_run_by_a_test(root):
+    small_runs = (root / "tests" / "test_recipes.py").read_text().split("def site(")[-1]
+    small_runs += (root / "benchmarks" / "recipes.py").read_text()
+    for script in sorted((root / "scripts").glob("*.sh")):
+        subprocess.run(["bash", "-n", script], check=True)
+        if script.name in ELSEWHERE:
+            assert script.name in (root / ELSEWHERE[script.name]).read_text(), script.name
+        elif script.name in SOURCED:
+            sources = [other.read_text() for other in (root / "scripts").glob("*.sh") if other != script]
+            assert any(script.name in source for source in sources), script.name
+        else:
+            assert f'"{script.name}"' in small_runs, f"no test runs {script.name}"
+
+
+@pytest.mark.parametrize("name", [*STAGES, "own-photos.sh"])
+def test_the_head_says_what_a_recipe_takes(root, name):
+    script = root / "scripts" / name
+    head = script.read_text().split("\nset -euo pipefail\n")[0]
+    assert f"bash scripts/{name}" in head
+    for word in ("time", "memory", "disk", "expected", "gpu" if name == "own-photos.sh" else "hardware"):
+        assert re.search(rf"^#.*\b{word}\b", head, re.I | re.M), word
+    assert os.access(script, os.X_OK)
+
+
+# What each recipe runs by default: the published settings.
+DEFAULTS = {
+    "encode-imagenet.sh": (
+        "scripts.encode_dataset",
+        {"codec": "sd-vae-ft-mse", "encoder": "dinov2-vitb14", "image_size": 256, "views": 1, "keep_images": True},
+    ),
+    "build-bank-imagenet.sh": ("memory.build_bank", {"k": 640_000, "passes": 5, "encoder": "dinov2-vitb14"}),
+    "train-gmem-xl.sh": (
+        "train",
+        {"model": "SiT-XL/2", "condition": "snippet", "align_coeff": 0.5, "batch_size": 256, "micro_batch": 32}
+        | {"snippet_from": "nearest", "lr": 1e-4, "ema_decay": 0.9999, "clip": 1.0, "bank": "banks/imagenet256"},
+    ),
+    "train-gmem-b.sh": ("train", {"model": "SiT-B/2", "condition": "snippet", "align_coeff": 0.5}),
+    "train-sit-xl.sh": (
+        "train",
+        {"model": "SiT-XL/2", "condition": "label", "align_coeff": 0.0, "store": "data/imagenet256-flips"}
+        | {"bank": None, "clip": 1e9},
+    ),
+    "train-repa-xl.sh": (
+        "train",
+        {"model": "SiT-XL/2", "condition": "label", "align_coeff": 0.5, "store": "data/imagenet256", "bank": None},
+    ),
+    "sample-gmem-xl.sh": (
+        "sample_ddp",
+        {"num_images": 50_000, "sampler": "sde", "steps": 250, "uint8": "truncate", "guide": None, "batch_size": 64}
+        | {"snippets": "noise", "last_step": 0.04, "weights": "ema"},
+    ),
+    "sample-gmem-xl-ode.sh": ("sample_ddp", {"sampler": "euler", "steps": 50, "uint8": "truncate"}),
+    "sample-sit-xl.sh": (
+        "sample_ddp",
+        {"num_images": 50_000, "sampler": "sde", "steps": 250, "uint8": "round", "labels": "random", "guide": None},
+    ),
+    "sample-repa-xl.sh": (
+        "sample_ddp",
+        {"num_images": 50_000, "sampler": "sde", "steps": 250, "uint8": "truncate", "labels": "random"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """Runs a script whose `python` only notes its words; returns those of torchrun and of our command."""
+    folder = tmp_path_factory.mktemp("dry")
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$WORDS"\n')
+    (folder / "python").chmod(0o755)
+    (folder / "weights").mkdir()
+    for file in FILES:
+        (folder / "weights" / file.path).parent.mkdir(exist_ok=True)
+        (folder / "weights" / file.path).touch()
+
+    def run(root, script, *flags, **variables):
+        given = {"NPROC": "8", "WORDS": folder / "words", "IMAGENET": "train", "GMEM_WEIGHTS": folder / "weights"}
+        given |= {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+        bash(root, {}, script, *flags, **given)
+        words = (folder / "words").read_text().split("\n")[:-1]
+        place = next(
+            i for i, word in enumerate(words) if word.startswith(("scripts.", "memory.")) or word[-3:] == ".py"
+        )
+        module = words[place].removesuffix(".py")
+        return words[:place], module, importlib.import_module(module).parse(words[place + 1 :])
+
+    return run
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_the_defaults_are_the_published_settings(root, dry, script):
+    launcher, module, args = dry(root, script)
+    expected_module, expected = DEFAULTS[script]
+    assert module == expected_module
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert launcher[:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "8", "--standalone"]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_flags_go_through_and_come_last(root, dry, script):
+    flag = "--num-images" if script.startswith("sample") else "--steps" if script.startswith("train") else "--seed"
+    flag = "--batch-size" if script.startswith("encode") else flag
+    _, _, args = dry(root, script, flag, "7")
+    assert vars(args)[flag[2:].replace("-", "_")] == 7
+
+
+def test_512_pixels(root, dry):
+    _, _, encode = dry(root, "encode-imagenet.sh", SIZE="512")
+    assert (encode.image_size, encode.encoder, str(encode.out)) == (512, "dinov2-vitb14@448", "data/imagenet512")
+    assert encode.batch_size == 16
+    _, _, train = dry(root, "train-gmem-xl.sh", SIZE="512")
+    assert (train.store, train.bank, train.align_encoder) == ("data/imagenet512", "banks/imagenet512", encode.encoder)
+    assert (train.batch_size, train.micro_batch) == (256, 32)
+
+
+@pytest.mark.parametrize(
+    ("variables", "micro_batch", "launcher"),
+    [
+        ({"NPROC": "1"}, 128, []),
+        ({"NPROC": "1", "MICRO_BATCH": "24"}, 16, []),  # 24 does not divide 256
+        ({"NPROC": "2"}, 128, ["--nproc-per-node", "2", "--standalone"]),
+        (
+            {"NPROC": "8", "NODES": "4", "NODE": "2", "HEAD": "first", "PORT": "20001"},
+            8,
+            ["--rdzv-endpoint", "first:20001"],
+        ),
+    ],
+)
+def test_one_gpu_accumulates_and_many_machines_meet(root, dry, variables, micro_batch, launcher):
+    words, _, args = dry(root, "train-gmem-xl.sh", **variables)
+    assert (args.batch_size, args.micro_batch) == (256, micro_batch)
+    assert launcher == [word for word in words if word in launcher]
+    if "NODES" in variables:
+        assert words[words.index("--nnodes") + 1] == "4"
+        assert "is_host=0" in words
+
+
+def test_guidance_variants(root, dry):
+    _, _, sit = dry(root, "sample-sit-xl.sh", GUIDANCE="1.5")
+    assert (sit.guide, sit.guidance_scale, sit.guidance_channels, sit.out) == (
+        "null",
+        1.5,
+        3,
+        "samples/sit-xl-guided-1.5",
+    )
+    _, _, repa = dry(root, "sample-repa-xl.sh", GUIDANCE="1.8")
+    assert (repa.guide, repa.guidance_scale, repa.guidance_interval) == ("null", 1.8, [0, 0.7])
+
+
+def test_paths_with_spaces_stay_whole(root, dry):
+    _, _, args = dry(root, "train-gmem-xl.sh", STORE="my data", OUT="a run", ENCODER_WEIGHTS="my weights/e.pth")
+    assert (args.store, args.out, args.align_encoder_weights) == ("my data", "a run", "my weights/e.pth")
+
+
+def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment, tmp_path):
+    for name in ("gmem", "sit", "repa"):
+        (file,) = [file.path for file in FILES if file.name == name]
+        said = bash(root, environment, f"sample-{name}-xl.sh", status=2, GMEM_WEIGHTS=tmp_path)
+        assert f"{tmp_path}/{file} is not there" in said
+        assert re.search(rf"bash scripts/fetch\.sh {name} sd-vae-ft-\w+", said)
+    assert "4.7 GB, of the hub repository Tangentone/GMem" in bash(
+        root, environment, "sample-gmem-xl-ode.sh", status=2, GMEM_WEIGHTS=tmp_path
+    )
+    assert "IMAGENET: is not set: name the training images" in bash(root, environment, "encode-imagenet.sh", status=1)
+    assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, root, environment):
+    """An ImageNet in small with everything the recipes need, through the killed and continued ones of the benchmark:
+    40 JPEG files in class folders, a VAE and an encoder of reduced width, GMem's file; encoded, with bank and run."""
+    work = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        bench.main(["--small", "--gpus", "1", "--work", str(work), "--out", str(work / "bench.json")])
+    shutil.copytree(work / "weights" / "sd-vae-ft-mse", work / "weights" / "sd-vae-ft-ema")
+    return work
+
+
+@pytest.fixture(scope="module")
+def recipe(root, site, environment):
+    """Runs a recipe at tiny size."""
+    sizes = {"SIZE": 64, "K": 8, "BATCH": 4, "STEPS": 2, "IMAGES": 5, "MODEL": "SiT-Ti/2"}
+    places = {"IMAGENET": site / "imagenet", "GMEM_WEIGHTS": site / "weights", "STORE": site / "store"}
+    places |= {"BANK": site / "bank", "ENCODER": "test_vit@64", "ENCODER_WEIGHTS": site / "weights/encoder.safetensors"}
+
+    def run(script, *flags, **variables):
+        return bash(root, environment, script, *flags, **{**sizes, **places, **variables})
+
+    return run
+
+
+def test_killed_recipes_continue(site):
+    """The benchmark has compared losses and images; here, that it did."""
+    result = json.loads((site / "bench.json").read_text())
+    assert result["training steps repeated"]
+    assert 0 < result["images kept of the killed run"] < 12
+    assert result["largest relative difference of their losses"] < 1e-6
+    assert result["largest pixel difference of the images"] <= 1
+    assert [row["recipe"] for row in result["recipes"]][:3] == STAGES[:3]
+
+
+def test_the_baselines_train(site, recipe):
+    recipe("encode-imagenet.sh", "--workers", "0", VIEWS=2, KEEP_IMAGES="no", HOLDOUT=0.1, STORE=site / "flips")
+    meta = json.loads((site / "flips" / "meta.json").read_text())
+    assert (meta["num_views"], meta["num_classes"], meta["has_images"]) == (2, 4, False)
+    recipe("train-sit-xl.sh", *SMALL_RUN, "--sample-every", 2, STORE=site / "flips", OUT=site / "sit")
+    recipe("train-repa-xl.sh", *SMALL_RUN, "--model-options", "align_depth=2", OUT=site / "repa")
+    recipe("train-gmem-b.sh", *SMALL_RUN, OUT=site / "b", ALIGN=0)
+    for name, condition, heads in (("sit", "label", 0), ("repa", "label", 1), ("b", "snippet", 0)):
+        checkpoint = torch.load(site / name / "checkpoints" / "0000002.pt", weights_only=True)
+        assert checkpoint["model_config"]["condition"] == condition
+        assert len(checkpoint["model_config"]["align_dims"]) == heads
+    assert (site / "sit" / "samples" / "0000002.png").is_file()
+
+
+def published(path, out_channels):
+    """SiT's and REPA's published state dicts, for labels, with random weights."""
+    torch.manual_seed(1)
+    model = SiT_models["SiT-Ti/2"](input_size=8, condition="label", num_classes=4)
+    state = {name: torch.randn_like(tensor) * 0.02 + tensor for name, tensor in model.state_dict().items()}
+    if out_channels == 8:  # velocity and variance
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            state[name] = torch.cat([state[name].unflatten(0, (4, 4))] * 2, 1).flatten(0, 1)
+    torch.save(state, path)
+
+
+def test_published_weights_sample(site, recipe):
+    published(site / "weights" / "SiT-XL-2-256x256.pt", 8)
+    published(site / "weights" / "REPA-SiT-XL-2-256x256.pt", 4)
+    runs = {
+        "ode": ("sample-gmem-xl-ode.sh", {}, {"sampler": "euler", "steps": 3, "guidance": None}),
+        "sit": ("sample-sit-xl.sh", {"GUIDANCE": 1.5}, {"sampler": "sde", "uint8": "round"}),
+        "repa": ("sample-repa-xl.sh", {"GUIDANCE": 1.8}, {"sampler": "sde", "uint8": "truncate"}),
+    }
+    for name, (script, variables, expected) in runs.items():
+        out = site / "samples-of" / name
+        recipe(script, "--steps", "3", OUT=out, **variables)
+        settings = json.loads((out / "samples.json").read_text())["settings"]
+        assert {key: settings[key] for key in expected} == expected
+        assert np.load(out / "samples.npz")["arr_0"].shape == (5, 64, 64, 3)
+    guided = json.loads((site / "samples-of" / "repa" / "samples.json").read_text())["settings"]["guidance"]
+    assert guided == {"by": "null", "scale": 1.8, "interval": [0.0, 0.7], "channels": None}
+
+
+def test_a_runs_curve(root, site, environment):
+    """What scripts/evaluate.sh makes of a run of these recipes."""
+    network = ["--encoder", "test_vit@64", "--encoder-weights", site / "weights" / "encoder.safetensors"]
+    few = {"IMAGES": 6, "STEPS": 2, "GMEM_WEIGHTS": site / "weights"}
+    bash(root, environment, "evaluate.sh", site / "run", "--quick", *network, **few)
+    assert list((site / "run" / "quick").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, root):
+    """Sixty real images as folders of PNG files, and an encoder of reduced width."""
+    folder = tmp_path_factory.mktemp("photos")
+    source = open_source(root / "assets" / "fashion-mnist")
+    for i in range(60):
+        path = folder / "photos of clothes" / f"{source.labels[i]}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source.image(i).save(path)
+    make_encoder(folder / "encoder.safetensors", "test_vit")
+    return folder
+
+
+def test_own_photos(root, photos, site, environment):
+    sizes = {"STEPS": 2, "BATCH": 4, "SIZE": 32, "HOLDOUT": 0.2, "IMAGES": 6, "EVALUATIONS": 4}
+    networks = {"CODEC": "assets/fashion-mnist-vae", "ENCODER": "test_vit@32", "AUDIT": "efficientnet-lite0@64"}
+    networks |= {"ENCODER_WEIGHTS": photos / "encoder.safetensors", "MODEL": "SiT-B/2"}
+    networks["INIT"] = site / "run" / "checkpoints"  # of a SiT-Ti/2, which the network then is
+    out, flags = photos / "all of it", ["--workers", "0", "--sample-every", "0", "--lr", "1e-3"]
+    source = photos / "photos of clothes"
+    said = bash(root, environment, "own-photos.sh", source, *flags, OUT=out, **sizes, **networks)
+    parts = [
+        "0.0 hours at 200 images/s",
+        "memory a process",
+        "60 images, 10 classes",
+        "--init",
+        "near copies",
+        "look at",
+    ]
+    assert sorted(parts, key=said.index) == parts
+    meta = json.loads((out / "data" / "photos" / "meta.json").read_text())
+    bank = json.loads((out / "bank" / "bank.json").read_text())
+    assert meta["num_views"] == 2
+    assert bank["k"] == meta["num_images"] // 10
+    assert bank["auc_train_vs_holdout"] is not None
+    args = json.loads((out / "run" / "config.json").read_text())["args"]
+    assert (args["lr"], args["model"], args["holdout"]) == (1e-3, "SiT-Ti/2", str(out / "data" / "photos-holdout"))
+    assert len(list((out / "samples" / "2-steps").glob("0*.png"))) == 6
+    assert Image.open(out / "samples" / "2-steps" / "preview.png").width > 6 * 32
+    page = out / "evaluation" / "2-steps"
+    assert "held-out images" in (page / "card.md").read_text()
+    copies = json.loads((page / "copies.json").read_text())
+    assert not any(space["same_family_as_snippets"] for space in copies["spaces"].values())
+    assert copies["spaces"].keys() == {"efficientnet-lite0@64", "latent"}
+
+
+# Stand-ins of SLURM's commands. A job's tasks are noted in $SPOOL, as are the requests to queue it again.
+SLURM = {
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+            SLURM_NODEID=$node "$@" &
+            echo $! >>"$SPOOL/tasks"
+        done
+        worst=0
+        for task in $(cat "$SPOOL/tasks"); do
+            wait $task || { status=$?; [ $status -le $worst ] || worst=$status; }
+        done
+        exit $worst
+    """,
+    "scancel": '[ "$*" = "--signal=USR1 $SLURM_JOB_ID" ] && kill -USR1 $(cat "$SPOOL/tasks")',
+    "scontrol": """
+        case "$1" in
+            show) for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do echo localhost; done ;;
+            requeue) echo "$2" >>"$SPOOL/requeued" ;;
+        esac
+    """,
+}
+# A command that works until it is told to stop, and counts how often it is; or finishes, fails or does not listen.
+WORK = """
+    trap 'echo INT >>"$SPOOL/signals"' INT
+    trap 'echo TERM >>"$SPOOL/signals"; [ "$HOW" = stubborn ] || { sleep 0.3; echo >"$SPOOL/saved"; exit 0; }' TERM
+    [ "$HOW" != finish ] || exit 0
+    [ "$HOW" != fail ] || exit 3
+    echo >"$SPOOL/working"
+    for ((i = 0; i < 400; i++)); do sleep 0.05; done
+"""
+
+
+def programs(folder, **scripts):
+    """Executable shell scripts in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def slurm(tmp_path, root, environment):
+    """Submits a recipe with these variables as sbatch would, from a copy of the script in a spool folder."""
+    commands = programs(tmp_path / "bin", **SLURM)
+    jobs = []
+
+    def submit(*words, nodes=1, **variables):
+        spool = tmp_path / f"spool-{len(jobs)}"
+        spool.mkdir()
+        shutil.copy(root / "scripts" / "slurm.sh", spool / "slurm_script")
+        job = {"SLURM_SUBMIT_DIR": root, "SLURM_JOB_ID": 4242, "SLURM_JOB_NUM_NODES": nodes, "SPOOL": spool}
+        job |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 2}
+        job |= {"PATH": f"{commands}:{environment['PATH']}", **variables}
+        job = {**environment, **{name: str(value) for name, value in job.items()}}
+        with open(spool / "log", "wb") as log:
+            words = ["bash", spool / "slurm_script", *map(str, words)]
+            jobs.append(subprocess.Popen(words, env=job, cwd=tmp_path, stdout=log, stderr=log))
+        return jobs[-1], spool
+
+    yield submit
+    for job in jobs:
+        job.kill()
+
+
+def wait_for(condition, seconds=60):
+    """Return when a condition holds; fail if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def worker(tmp_path, environment):
+    """Variables of a shell whose `python` is the command above."""
+    folder = programs(tmp_path / "worker", python=WORK)
+    return {"PATH": f"{tmp_path / 'bin'}:{folder}:{environment['PATH']}", "NPROC": "1"}
+
+
+@pytest.mark.parametrize(("how", "status"), [("finish", 0), ("fail", 3)])
+def test_a_job_that_ends_is_not_queued_again(tmp_path, environment, slurm, how, status):
+    job, spool = slurm("scripts/train-gmem-b.sh", HOW=how, **worker(tmp_path, environment))
+    assert job.wait(30) == status, (spool / "log").read_text()
+    assert not (spool / "requeued").exists()
+
+
+@pytest.mark.parametrize("how", ["listens", "stubborn"])
+def test_the_time_limit_saves_and_queues_again(tmp_path, environment, slurm, how):
+    job, spool = slurm("scripts/train-gmem-b.sh", HOW=how, PATIENCE=1, **worker(tmp_path, environment))
+    wait_for((spool / "working").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0, (spool / "log").read_text()
+    assert (spool / "requeued").read_text() == "4242\n"
+    assert (spool / "signals").read_text() == "TERM\n"
+    assert (spool / "saved").exists() == (how == "listens")
+    for task in (spool / "tasks").read_text().split():
+        subprocess.run(["pkill", "-KILL", "-P", task], check=False)  # of the stubborn one
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_recipe_once(tmp_path, root, environment, number):
+    """Ctrl-C goes to a terminal's whole process group; the worker must get one signal all the same."""
+    shell = {**environment, **worker(tmp_path, environment), "SPOOL": str(tmp_path), "HOW": "listens"}
+    recipe = subprocess.Popen(["bash", "scripts/train-gmem-b.sh"], cwd=root, env=shell, start_new_session=True)
+    wait_for((tmp_path / "working").exists)
+    os.killpg(recipe.pid, number)
+    assert recipe.wait(30) == 143
+    assert (tmp_path / "signals").read_text() == "TERM\n"
+    assert (tmp_path / "saved").exists()
+
+
+def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
+    """torchrun on two machines, both this one: saved by the signal at a step where nothing is saved otherwise."""
+    out = site / "nodes"
+    places = {"STORE": site / "store", "BANK": site / "bank", "OUT": out, "GMEM_WEIGHTS": site / "weights"}
+    places |= {"SIZE": 64, "BATCH": 4, "MODEL": "SiT-Ti/2", "ALIGN": 0}
+    flags = ["scripts/train-gmem-xl.sh", "--log-every", 1, "--eval-every", 0, "--sample-every", 0, "--workers", 0]
+    job, spool = slurm(*flags, nodes=2, STEPS=1_000_000, **places)
+    wait_for(lambda: job.poll() is not None or len(bench.losses(out)) > 2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 0, (spool / "log").read_text()
+    assert (spool / "requeued").exists()
+    assert "stopped by a signal" in (spool / "log").read_text()
+    (saved,) = (out / "checkpoints").glob("*.pt")
+    step = int(saved.stem)
+    assert step == max(bench.losses(out)) < 5_000
+
+    job, spool = slurm(*flags, STEPS=step + 2, **places)
+    assert job.wait(60) == 0, (spool / "log").read_text()
+    assert not (spool / "requeued").exists()
+    assert f"continuing from {saved}" in (spool / "log").read_text()
+    assert list(bench.losses(out)) == list(range(1, step + 3))
