@@ -34,6 +34,7 @@ FINE = 0.999  # cosine from which a row is the image itself, in spite of float16
 LIKELY = 0.5  # mean cosine below which an encoder did not make the bank: unrelated spaces give a tenth to a third
 UNIT = 1e-3  # distance from 1 within which a length is 1
 IMAGENET = 1_281_167  # training images of ImageNet-1k
+MOST_TIMES = 20  # that frequencies may count an image; beyond, their sum is a multiple by chance
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -176,8 +177,8 @@ def what_is_counted(total: int, stores: list[Path]) -> str | None:
     """Whose images the frequencies may count, by their sum; None if it is a multiple of no known number."""
     known = {f"the training images of {path}": read_meta(path)["num_images"] for path in stores}
     for name, count in (known | {"the training images of ImageNet-1k": IMAGENET}).items():
-        if total and total % count == 0:
-            times = total // count
+        times = total // count
+        if total == times * count and 0 < times <= MOST_TIMES:
             return name + (", each once" if times == 1 else f", each {times} times (epochs, or views)")
     return None
 
