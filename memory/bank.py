@@ -56,7 +56,8 @@ class MemoryBank:
                 f"{freq_name}: frequencies must be 0 or more and not all 0, got {freq.min()} to {freq.max()}; "
                 "build the bank again"
             )
-        if assignment is not None and (assignment.ndim != 2 or assignment.is_floating_point()):
+        known = isinstance(assignment, torch.Tensor | None)
+        if not known or (assignment is not None and (assignment.ndim != 2 or assignment.is_floating_point())):
             raise ValueError(f"assignment of {name}: expected integers (N, V), got {_describe(assignment)}")
         if assignment is not None and not (assignment.min() >= 0 and assignment.max() < len(snippets)):
             raise ValueError(
@@ -168,8 +169,9 @@ class MemoryBank:
             self._unit = normalised(self.snippets)
         found = []
         for some in features.split(ROWS):
+            some = some.to(self.snippets.device)
             refuse("features", undirected(some), len(found) * ROWS)
-            found.append(assign(normalised(some.to(self.snippets.device)), self._unit))
+            found.append(assign(normalised(some), self._unit))
         return torch.cat(found)
 
     def assign(self, features: np.ndarray) -> torch.Tensor:
