@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from dataset import LatentDataset, layout
 from models.autoencoder import load_codec
@@ -196,6 +197,34 @@ def test_a_vae_store_holds_mean_and_std(folder, tmp_path):
     expected = load_codec(str(tmp_path / "vae")).encode(torch.from_numpy(grey))
     assert data.latents.shape == (COUNT, 1, 8, 8, 8)
     assert torch.equal(data.fetch(np.arange(4), np.zeros(4, int))["moments"], expected)
+
+
+def test_published_names_need_only_the_weights_folder(folder, tmp_path, monkeypatch):
+    """Files as fetch.sh leaves them, in their real formats and of reduced width, on a machine without a network."""
+    from diffusers import AutoencoderKL
+
+    monkeypatch.setenv("GMEM_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "weights/sd-vae-ft-mse")
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 2}
+    create = timm.create_model
+    network = create("vit_base_patch14_dinov2.lvd142m", **small)
+    save_file(network.state_dict(), tmp_path / "weights/vit_base_patch14_dinov2.lvd142m.safetensors")
+    monkeypatch.setattr("models.encoder.timm.create_model", lambda name, **options: create(name, **options, **small))
+    run(folder, tmp_path / "s", "--encoder", "dinov2-vitb14", codec="sd-vae-ft-mse", size=32)
+    data = LatentDataset(tmp_path / "s", "dinov2-vitb14")
+    assert data.latents.shape == (COUNT, 1, 8, 4, 4)
+    assert data.features.shape == (COUNT, 1, 48)
+    assert (data.codec["name"], data.codec["scale"]) == ("sd-vae-ft-mse", 0.18215)
+    shutil.rmtree(tmp_path / "weights")
+    with pytest.raises(ValueError, match=rf"sd-vae-ft-mse' are neither in {tmp_path}/weights/sd-vae-ft-mse.*fetch\.sh"):
+        run(folder, tmp_path / "t", "--encoder", "dinov2-vitb14", codec="sd-vae-ft-mse", size=32)
+    with pytest.raises(ValueError, match=rf"neither at {tmp_path}/weights/vit_base_patch14_dinov2.*fetch\.sh"):
+        run(folder, tmp_path / "t", "--encoder", "dinov2-vitb14")
+    assert not (tmp_path / "t").exists()
 
 
 def test_photos_may_be_turned_upright(tmp_path):
