@@ -251,29 +251,33 @@ def test_an_unknown_snippet_encoder_is_said(audit, clothes):
     assert "held-out images: the threshold is uncertain below 1,000" in text
 
 
-def run_rank(rank, port, command):
+def run_rank(main, rank, port, command):
     """One of two processes, forked with everything imported, and so without a GPU."""
     torch.cuda.is_available = lambda: False
     PartialState._reset_state()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    copies.main(command)
+    main(command)
 
 
-def test_two_processes_find_what_one_finds(audit, both, clothes, store, tmp_path):
-    _, alone = audit(clothes[:21], *both)
+def run_two(main, command):
+    """A command on two processes that share their work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = ["--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "two"]
-    command = [*map(str, places), *both, "--batch-size=4"]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, port, command), daemon=True) for rank in range(2)]
+    ranks = [fork.Process(target=run_rank, args=(main, rank, port, command), daemon=True) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_two_processes_find_what_one_finds(audit, both, clothes, store, tmp_path):
+    _, alone = audit(clothes[:21], *both)
+    places = ["--store", store, "--samples", tmp_path / "x.npz", "--out", tmp_path / "two"]
+    run_two(copies.main, [*map(str, places), *both, "--batch-size=4"])
     two = json.loads((tmp_path / "two" / "copies.json").read_text())
     assert two["spaces"]["latent"] == alone["spaces"]["latent"]
     one = alone["spaces"][ENCODER]
@@ -362,6 +366,20 @@ def test_control_rows_and_the_card(sampled, store, bank, weights, capsys, tmp_pa
     (tmp_path / "copies.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different samples"):
         card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
+
+
+def test_two_processes_score_the_rows_that_one_scores(sampled, store, bank, weights):
+    samples, _ = sampled
+    alone = control(samples, store, bank, weights)
+    out = samples.with_name("two.json")
+    places = [store, samples, "--store", store, "--bank", bank, "--out", out, "--encoder-weights", weights]
+    run_two(controls.main, [*map(str, places), "--encoder=test_vit", "--no-cache", "--batch-size=4"])
+    two = json.loads(out.read_text())
+    assert (two["run"]["processes"], alone["run"]["processes"]) == (2, 1)
+    assert two["different_copies"] == alone["different_copies"]
+    for title, row in alone["rows"].items():
+        for reference, metrics in row["metrics"].items():
+            assert two["rows"][title]["metrics"][reference] == pytest.approx(metrics, rel=1e-6), (title, reference)
 
 
 def test_controls_of_things_that_do_not_belong_together(sampled, store, bank, weights, tmp_path):
