@@ -7,8 +7,9 @@ Makes random weights in the layout of the published Inception file, smooth rando
 for 50,000), and a reference in ADM's layout, statistics with images; then runs `evaluations.evaluator` for the five
 metrics and KID: on each number of GPUs without the reference's features from an earlier run, or on the CPU
 (`--cpu-images`) both without and with. Seconds are those of the whole command, start-up included, and of its work
-alone; memory is that of the first process. All runs must agree to 1e-6. Targets: 60 s and 3 GB of main memory on one
-H100, and five minutes for 1,000 images on two CPU cores.
+alone; memory is that of the first process. All runs must agree: distances and score to 1e-6 of their value, shares and
+KID to 1e-4, since one image at the rim of a manifold may fall on its other side. Targets: 60 s and 3 GB of main memory
+on one H100, and five minutes for 1,000 images on two CPU cores.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from memory.provenance import provenance
 
 SIDE = 256
 BATCH = 500  # images made at once
-AGREE = 1e-6  # largest relative difference between the metrics of two runs
+AGREE = {"FID": 1e-6, "sFID": 1e-6, "Inception Score": 1e-6, "Precision": 1e-4, "Recall": 1e-4, "KID": 1e-4}
 
 
 def make_weights(path: Path) -> None:
@@ -144,8 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         run("reference and samples", processes, "--no-cache")
     print(table([{key: str(value) for key, value in row.items()} for row in rows]))
     for other in metrics[1:]:
-        for name, value in metrics[0].items():
-            assert abs(other[name] - value) <= AGREE * abs(value), (name, value, other[name])
+        for name, most in AGREE.items():
+            one, two = metrics[0][name], other[name]
+            assert abs(one - two) <= most * max(1.0, abs(one)), f"{name}: {one}, and {two} on another number of GPUs"
 
 
 if __name__ == "__main__":
