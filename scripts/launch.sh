@@ -68,3 +68,11 @@ GMEM_WEIGHTS names another folder, CHECKPOINT another checkpoint, such as your o
 EOF
     exit 2
 }
+
+samples_of() { # samples_of NAME: the folder for images of the published weights NAME, or of CHECKPOINT
+    local made_by=${CHECKPOINT:-$1}
+    made_by=${made_by%/}
+    made_by=${made_by%.pt}
+    made_by=${made_by/\/checkpoints\//-}
+    echo "samples/${made_by##*/}"
+}

@@ -41,13 +41,13 @@ echo "training: $steps steps of $batch images, $((tenths / 10)).$((tenths % 10))
 python "${train[@]}" --dry-run 2>/dev/null | grep -E '^(memory|disk)' || true # no store yet: for 256 pixels
 
 launch -m scripts.encode_dataset "$photos" --out "$store" --codec "${CODEC:-sd-vae-ft-mse}" --image-size "${SIZE:-256}" \
-    --views "${VIEWS:-2}" --holdout "${HOLDOUT:-0.05}" --keep-images --batch-size 16 \
+    --views "${VIEWS:-2}" --holdout "${HOLDOUT:-0.05}" --keep-images --upright --batch-size 16 \
     --encoder "$encoder" ${ENCODER_WEIGHTS:+--encoder-weights "$ENCODER_WEIGHTS"}
 launch -m scripts.encode_dataset "$photos" --out "$store" --add "$audit" --batch-size 16
 images=$(python -c 'import sys; from dataset import read_meta; print(read_meta(sys.argv[1])["num_images"])' "$store")
 launch -m memory.build_bank --store "$store" --encoder "$encoder" --out "$bank" --k "${K:-$((images / 10))}"
 launch "${train[@]}"
-launch sample_ddp.py --checkpoint "$run" --out "$samples" --num-images "${IMAGES:-1000}" --batch-size 16 \
+launch sample_ddp.py --checkpoint "$run" --out "$samples" --num-images "${IMAGES:-1000}" --batch-size 64 \
     --steps "${EVALUATIONS:-250}"
 AUDIT=$audit bash scripts/evaluate.sh "$store" "$bank" "$samples" "$store" "$page" --encoder "$audit"
 echo "look at $samples/preview.png, $page/card.md and $page/neighbours.png"

@@ -50,7 +50,8 @@ def _sit(
 ) -> list[Quoted]:
     """SiT by both samplers, guided on the first channels; the `others` are the SDE's metrics besides FID."""
     sample = f"{_given(scale)}bash scripts/sample-sit-xl.sh" if published else None
-    by_ode = f"{sample} --sampler heun --steps 125" if published else None
+    out = "OUT=samples/sit-xl-ode" + (f"-guided-{scale} " if scale else " ")
+    by_ode = f"{out}{sample} --sampler heun --steps 125" if published else None
     retrain = f"STEPS={steps} MODEL={model} OUT=runs/{model.lower().replace('/', '-')} bash scripts/train-sit-xl.sh"
     source, guidance = "arXiv 2401.08740", scale and {"scale": scale, "channels": 3}
     return [

@@ -5,5 +5,6 @@
 # Time      estimate from there: 14,300 s · 50 / 250 = 48 minutes on one H200, and decoding
 # Expected  no published figure; an ODE scores a little worse than the SDE (SiT, published: 9.35 against 8.26)
 set -euo pipefail
-export OUT=${OUT:-samples/gmem-xl-ode}
-exec bash "$(dirname "$0")/sample-gmem-xl.sh" --sampler euler --steps 50 "$@"
+source "$(dirname "$0")/launch.sh"
+export NPROC=$nproc OUT=${OUT:-$(samples_of gmem-xl)-ode}
+exec bash scripts/sample-gmem-xl.sh --sampler euler --steps 50 "$@"

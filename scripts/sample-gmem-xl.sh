@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # 50,000 images from GMem's published weights as its authors sample them: SDE of 250 evaluations, no guidance.
 #   bash scripts/sample-gmem-xl.sh [flags of sample_ddp.py]
+#   CHECKPOINT=runs/gmem-xl-256 bash scripts/sample-gmem-xl.sh      from your own run
 # The weights are GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth (4.7 GB, bank included) of the hub repository
-# Tangentone/GMem, in the folder weights/. Variables: CHECKPOINT=runs/gmem-xl-256, OUT, IMAGES, BATCH (a GPU), GMEM_WEIGHTS.
+# Tangentone/GMem, in the folder weights/. Variables: CHECKPOINT, OUT, IMAGES, BATCH (a GPU), GMEM_WEIGHTS.
 # Hardware  one GPU or more; image i is the same picture on any number
-# Memory    estimate: 4.7 GB, and what 64 images at once take
+# Memory    estimate: 4.7 GB, and what a batch takes: BATCH=32 for a small GPU
 # Disk      9.8 GB for the npz (50,000 · 256·256·3 bytes) and as much while it is written; PNG files on top
 # Time      3.5 images/s on one H200, not compiled (benchmarks/results): 50,000 / 3.5 = 14,300 s = 4 hours, half an
 #           hour on eight
@@ -13,5 +14,5 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 checkpoint=${CHECKPOINT:-$weights/GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth}
 need "$checkpoint" "gmem sd-vae-ft-mse" "4.7 GB, of the hub repository Tangentone/GMem"
-launch sample_ddp.py --checkpoint "$checkpoint" --out "${OUT:-samples/gmem-xl}" --num-images "${IMAGES:-50000}" \
-    --batch-size "${BATCH:-64}" --sampler sde --steps 250 --uint8 truncate "$@"
+launch sample_ddp.py --checkpoint "$checkpoint" --out "${OUT:-$(samples_of gmem-xl)}" --num-images "${IMAGES:-50000}" \
+    ${BATCH:+--batch-size "$BATCH"} --sampler sde --steps 250 --uint8 truncate "$@"

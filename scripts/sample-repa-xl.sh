@@ -11,9 +11,9 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 checkpoint=${CHECKPOINT:-$weights/REPA-SiT-XL-2-256x256.pt}
 need "$checkpoint" "repa sd-vae-ft-ema" "2.7 GB, of REPA's authors"
-guide=() out=samples/repa-xl
+guide=() out=$(samples_of repa-xl)
 if [ -n "${GUIDANCE:-}" ]; then
     guide=(--guide null --guidance-scale "$GUIDANCE" --guidance-interval 0 0.7) out=$out-guided-$GUIDANCE
 fi
 launch sample_ddp.py --checkpoint "$checkpoint" --out "${OUT:-$out}" --num-images "${IMAGES:-50000}" \
-    --batch-size "${BATCH:-64}" --labels random --sampler sde --steps 250 --uint8 truncate "${guide[@]}" "$@"
+    ${BATCH:+--batch-size "$BATCH"} --labels random --sampler sde --steps 250 --uint8 truncate "${guide[@]}" "$@"

@@ -10,9 +10,9 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 checkpoint=${CHECKPOINT:-$weights/SiT-XL-2-256x256.pt}
 need "$checkpoint" "sit sd-vae-ft-ema" "2.7 GB, of SiT's authors"
-guide=() out=samples/sit-xl
+guide=() out=$(samples_of sit-xl)
 if [ -n "${GUIDANCE:-}" ]; then
     guide=(--guide null --guidance-scale "$GUIDANCE" --guidance-channels 3) out=$out-guided-$GUIDANCE
 fi
 launch sample_ddp.py --checkpoint "$checkpoint" --out "${OUT:-$out}" --num-images "${IMAGES:-50000}" \
-    --batch-size "${BATCH:-64}" --labels random --sampler sde --steps 250 "${guide[@]}" "$@"
+    ${BATCH:+--batch-size "$BATCH"} --labels random --sampler sde --steps 250 "${guide[@]}" "$@"

@@ -28,7 +28,7 @@ ELSEWHERE = {"demo.sh": "tests/test_demo.py", "fetch.sh": "tests/test_fetch.py",
 SOURCED = {"launch.sh", "imagenet.sh", "setup.sh"}
 STAGES = ["encode-imagenet.sh", "build-bank-imagenet.sh", "train-gmem-xl.sh", "train-gmem-b.sh", "train-sit-xl.sh"]
 STAGES += ["train-repa-xl.sh", "sample-gmem-xl.sh", "sample-gmem-xl-ode.sh", "sample-sit-xl.sh", "sample-repa-xl.sh"]
-SMALL_RUN = "--save-every 2 --eval-every 2 --sample-every 0 --log-every 1 --workers 0".split()
+SMALL_RUN = ["--save-every", "2", "--eval-every", "2", "--sample-every", "0", "--log-every", "1", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ DEFAULTS = {
     ),
     "sample-gmem-xl.sh": (
         "sample_ddp",
-        {"num_images": 50_000, "sampler": "sde", "steps": 250, "uint8": "truncate", "guide": None, "batch_size": 64}
+        {"num_images": 50_000, "sampler": "sde", "steps": 250, "uint8": "truncate", "guide": None}
         | {"snippets": "noise", "last_step": 0.04, "weights": "ema"},
     ),
     "sample-gmem-xl-ode.sh": ("sample_ddp", {"sampler": "euler", "steps": 50, "uint8": "truncate"}),
@@ -211,6 +211,19 @@ def test_guidance_variants(root, dry):
     )
     _, _, repa = dry(root, "sample-repa-xl.sh", GUIDANCE="1.8")
     assert (repa.guide, repa.guidance_scale, repa.guidance_interval) == ("null", 1.8, [0, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "folder"),
+    [("runs/gmem-xl-256/", "gmem-xl-256"), ("/my runs/a/checkpoints/0400000.pt", "a-0400000"), (None, "gmem-xl")],
+)
+def test_images_of_other_weights_go_elsewhere(root, dry, tmp_path, checkpoint, folder):
+    variables = {}
+    if checkpoint:
+        variables["CHECKPOINT"] = tmp_path / checkpoint.strip("/")
+        variables["CHECKPOINT"].mkdir(parents=True)
+    assert dry(root, "sample-gmem-xl.sh", **variables)[2].out == f"samples/{folder}"
+    assert dry(root, "sample-gmem-xl-ode.sh", **variables)[2].out == f"samples/{folder}-ode"
 
 
 def test_paths_with_spaces_stay_whole(root, dry):
