@@ -22,6 +22,7 @@ same for any number of processes, so the store is too: bit for bit on a CPU of o
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import os
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
+from PIL import ExifTags
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -49,6 +51,7 @@ from scripts.sources import Source, open_source
 from scripts.store import PART, Job, Progress, Writer
 
 SAVE_SECONDS = 30  # between two notes of what is written: the most that a killed run repeats
+LOOKED_AT = 32  # images of a source that are looked at beforehand
 LARGE_BYTES = 100e9  # patch tokens beyond this get a warning
 COMPILE_FROM = 30_000  # images a process, from which a minute of compiling is worth it
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -235,6 +238,10 @@ def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
     pending = [job for job, progress in zip(jobs, begun, strict=True) if progress]
     classes = "no labels" if source.labels is None else f"{source.labels.max() + 1} classes"
     print(f"{source.path}: {len(source.names):,} images, {classes}")
+    if turned := count_turned(source):
+        print(
+            f"note: EXIF turns {turned} of {LOOKED_AT} images looked at, which ADM ignores; add --upright to turn them"
+        )
     if not pending:
         print("the store is complete: nothing to do")
         return begun
@@ -259,6 +266,15 @@ def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
             if progress.done.any():
                 print(f"{job.path}: continuing, {progress.done.sum():,} of {len(job.rows):,} images are written")
     return begun
+
+
+def count_turned(source: Source) -> int:
+    """How many of LOOKED_AT images, evenly spread, would be turned or mirrored by their EXIF orientation."""
+    turned = 0
+    for index in np.linspace(0, len(source.names) - 1, LOOKED_AT).astype(int):
+        with contextlib.suppress(*UNREADABLE):  # they are reported when they are encoded
+            turned += source.image(index).getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return turned
 
 
 class Blocks(Dataset):

@@ -227,14 +227,16 @@ def test_published_names_need_only_the_weights_folder(folder, tmp_path, monkeypa
     assert not (tmp_path / "t").exists()
 
 
-def test_photos_may_be_turned_upright(tmp_path):
+def test_photos_may_be_turned_upright(tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(0).integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)
     (tmp_path / "photos").mkdir()
     Image.fromarray(pixels).save(tmp_path / "photos/a.png", exif=exif)
     run(tmp_path / "photos", tmp_path / "as-stored")
+    assert "EXIF turns 32 of 32 images looked at" in capsys.readouterr().out
     run(tmp_path / "photos", tmp_path / "upright", "--upright")
+    assert "EXIF" not in capsys.readouterr().out
     for name, expected in (("as-stored", pixels), ("upright", np.rot90(pixels, -1))):
         data = LatentDataset(tmp_path / name)
         assert np.array_equal(data.latents[0, 0], expected.transpose(2, 0, 1))
