@@ -22,7 +22,7 @@ from evaluations.inception import Inception, find_weights
 from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
 from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
-from memory.files import write_json
+from memory.files import remove_stale, write_json
 from memory.provenance import peak_memory, provenance
 
 ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     sets = [Samples(path, args.num_samples) for path in [args.samples, *args.seeds] if path]
     reference = Reference(args.reference, use_moments=not args.encoder, use_images=not args.no_precision_recall)
     check_sets(reference, sets)
+    if state.is_main_process:
+        remove_stale(*{Path(path).parent for path in (args.reference, args.samples, args.out) if path})
     network = load_network(args, state.device)
     known = reference.summary(network, batch_size, state, cache=not args.no_cache)
     if args.save_reference and state.is_main_process:

@@ -58,7 +58,8 @@ def remove_stale(*folders: str | os.PathLike) -> None:
         for path in folder.glob(".*.tmp*"):
             name = TEMPORARY.fullmatch(path.name)
             if name and (not running(int(name["pid"])) if name["host"] == HOST else aged(path)):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+                    path.unlink()
 
 
 def running(pid: int) -> bool:
