@@ -1,0 +1,92 @@
+"""Broken and hostile files: every reader gives a result or an error that names the file, and runs nothing in it."""
+
+import contextlib
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import fuzz
+from memory.files import reading
+
+CASES = 8  # of each reader
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    fuzz.write_seeds(folder)
+    return folder
+
+
+def test_the_real_files_are_read(seeds):
+    """Else every mutation would be refused for the same dull reason."""
+    for target in fuzz.TARGETS.values():
+        target.read(seeds / target.folder / target.at)
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_mutated_files(seeds, name):
+    assert fuzz.run([(name, number) for number in range(CASES)], seeds) == {}
+
+
+@pytest.mark.parametrize("name", ["npz", "published", "samples.npz", "bank.pth", "checkpoint"])
+def test_planted_code_does_not_run(seeds, name, tmp_path):
+    target, planted = fuzz.TARGETS[name], tmp_path / "code-ran"
+    whole = (seeds / target.folder / target.file).read_bytes()
+    hostile = []
+    for number in range(120):
+        content = fuzz.mutated(whole, random.Random(number), planted)
+        if b"code-ran" in content:
+            hostile.append((name, number))
+    assert len(hostile) > 1
+    folder = tmp_path / "place"
+    folder.mkdir()
+    for _, number in hostile:
+        content = fuzz.mutated(whole, random.Random(number), planted)
+        place = folder / target.folder
+        place.mkdir(exist_ok=True)
+        for file in (seeds / target.folder).iterdir():
+            if file.is_file():
+                (place / file.name).write_bytes(file.read_bytes())
+        (place / target.file).write_bytes(content)
+        with contextlib.suppress(ValueError):
+            target.read(place / target.at)
+        assert not planted.exists()
+
+
+def test_the_fuzzer_sees_a_crash_a_hang_and_a_foreign_error(seeds, monkeypatch):
+    def crash(path):
+        raise SystemExit(3)
+
+    def foreign(path):
+        np.load(path / "no such file")
+
+    def greedy(path):
+        torch.ones(5 << 26)
+
+    monkeypatch.setattr(fuzz, "SECONDS", 2)
+    cases = {"crash": crash, "hang": lambda path: time.sleep(20), "foreign": foreign, "greedy": greedy}
+    for name, read in cases.items():
+        monkeypatch.setitem(fuzz.TARGETS, name, fuzz.Target("snippets", "rows.txt", read))
+    problems = fuzz.run([("foreign", 0), ("crash", 0), ("snippets.txt", 1), ("hang", 0), ("greedy", 0)], seeds)
+    assert problems["foreign", 0].startswith("FileNotFoundError from a library")
+    assert problems["crash", 0].startswith("ended the process")
+    assert problems["hang", 0] == "hung"
+    assert problems["greedy", 0].startswith("took ")
+    assert len(problems) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), MemoryError(), RuntimeError("odd"), ValueError("no"), OSError("gone")]
+)
+def test_reading_names_the_file(error):
+    with pytest.raises(ValueError, match=r"^some\.npz: "), reading("some.npz"):
+        raise error
+
+
+def test_reading_lets_an_interrupt_through():
+    with pytest.raises(KeyboardInterrupt), reading("some.npz"):
+        raise KeyboardInterrupt
