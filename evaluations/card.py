@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             copy_table(copies),
             bank_lines(bank),
             cost_lines(controls["samples"]["made"]),
+            origin_lines(controls),
             "\n".join(f"- {warning}" for warning in dict.fromkeys(controls["warnings"] + copies["warnings"])),
         ]
     )
@@ -110,6 +111,22 @@ def cost_lines(made: dict) -> str:
     return (
         f"Cost: {settings['training_steps']:,} training steps; {settings['sampler']} with {settings['evaluations']} "
         f"evaluations an image, {guided}; {rate}."
+    )
+
+
+def origin_lines(controls: dict) -> str:
+    """Which files the figures are about, by the start of their hashes, and which code made samples and figures."""
+    settings, run = controls["samples"]["made"]["settings"], controls["samples"]["made"]["run"]
+    hashes = {
+        "weights": settings.get("checkpoint"),
+        "bank": (settings.get("bank") or {}).get("bank.pth"),
+        "store": ((run.get("trained") or {}).get("store") or {}).get("fingerprint"),
+        "sampled by code": run.get("code"),
+        "scored by code": controls["run"]["code"],
+    }
+    known = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value)
+    return (
+        f"Made from: {known}; {controls['run']['date']}, {controls['run']['processes']} × {controls['run']['device']}."
     )
 
 

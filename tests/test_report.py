@@ -3,7 +3,6 @@
 import copy
 import gzip
 import json
-import os
 import struct
 import subprocess
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from test_recipes import environment, python  # noqa: F401  (fixtures)
 
 import sample_ddp
 import train
@@ -343,14 +343,14 @@ def test_the_curve_keeps_protocols_apart(doctored, tmp_path, capsys):
 # evaluate.sh
 
 
-def test_evaluate_script_from_end_to_end(made, root, tmp_path):
+def test_evaluate_script_from_end_to_end(made, environment, root, tmp_path):  # noqa: F811
     """The page on a set of samples; and a run's checkpoints, one of which vanishes while its like is kept."""
-    environment = os.environ | {"NPROC": "1", "IMAGES": "6", "STEPS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    variables = environment | {"IMAGES": "6", "STEPS": "2"}
     script = ["bash", str(root / "scripts" / "evaluate.sh")]
 
     def call(*arguments):
         done = subprocess.run(
-            [*script, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=180
+            [*script, *map(str, arguments)], env=variables, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -359,6 +359,9 @@ def test_evaluate_script_from_end_to_end(made, root, tmp_path):
     assert (tmp_path / "page" / "card.md").read_text().strip() in page
     for part in ("| random training images ", "| latent ", "Bank of 8 snippets", "4 training steps; sde with 3"):
         assert part in page
+    weights, code = sha256(made.run / "checkpoints" / "0000004.pt"), read(made.result)["run"]["code"]
+    assert f"Made from: weights {weights[:12]}, bank {sha256(made.bank / 'bank.pth')[:12]}, store " in page
+    assert f"sampled by code {code[:12]}, scored by code " in page
     for name in ("controls", "copies"):
         assert read(tmp_path / "page" / f"{name}.json")["run"]["code"]
 
