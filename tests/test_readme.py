@@ -1,13 +1,16 @@
 """What the README prints is true: its commands parse, its example runs, its files exist."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
 
 from memory.bank import MemoryBank
+from scripts.quoted import QUOTED
 
 COMMANDS = {"train.py": "train", "sample_ddp.py": "sample_ddp"}
 
@@ -54,6 +57,47 @@ def test_every_script_and_file_exists(root):
     (tree,) = [block for block in blocks(root, "") if block.startswith("train.py")]
     for line in tree.splitlines():
         assert (root / line.split()[0]).exists(), line
+
+
+def test_every_recipe_is_printed(root):
+    text = (root / "README.md").read_text()
+    for script in (root / "scripts").glob("*.sh"):
+        assert script.name in text or not os.access(script, os.X_OK) or script.name == "setup.sh", script.name
+    for script in re.findall(r"scripts/[\w-]+\.sh", text):
+        assert (root / script).is_file(), script
+
+
+def test_shell_blocks_are_shell(root):
+    for block in blocks(root, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_variables_before_a_script_are_read(root):
+    """By it, or by what it sources or hands over to."""
+    scripts = {script.name: script.read_text() for script in (root / "scripts").glob("*.sh")}
+    found = re.findall(r"((?:\b[A-Z_]+=\S+ )+)bash scripts/([\w-]+\.sh)", (root / "README.md").read_text())
+    assert len(found) > 5
+    for given, script in found:
+        used, left = [], [script]
+        while left:
+            used.append(left.pop())
+            code = re.sub(r"^#.*$", "", scripts[used[-1]], flags=re.M)
+            left += [name for name in scripts if name in code and name not in used]
+        for name in re.findall(r"([A-Z_]+)=", given):
+            assert any(re.search(rf"\$\{{{name}:", scripts[one]) for one in used), f"{script} does not read {name}"
+
+
+def test_published_figures_are_the_quoted_ones(root):
+    """Where the README prints a figure beside a command, it is that of the table of all figures."""
+    quoted = {row.re_evaluate: row.metrics["FID"] for row in QUOTED if row.sampler == "SDE"}
+    (block,) = [block for block in blocks(root, "bash") if "published: FID" in block]
+    printed = dict(re.findall(r"^(.*\S) +# published: FID ([\d.]+)$", block, re.M))
+    assert len(printed) == 5
+    assert {command: float(fid) for command, fid in printed.items()} == {name: quoted[name] for name in printed}
+    (row,) = re.findall(r"^\| `bash scripts/train-gmem-xl.sh`.*$", (root / "README.md").read_text(), re.M)
+    trained = {row.training_steps: row.metrics["FID"] for row in QUOTED if row.method == "GMem"}
+    found = re.findall(r"([\d.]+) at ([\d,]+)", row)
+    assert {int(steps.replace(",", "")): float(fid) for fid, steps in found} == trained
 
 
 def test_the_memory_example_runs(root, tmp_path, monkeypatch):
