@@ -1,0 +1,61 @@
+"""One command at a time in a folder, whatever became of the one before."""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+import pytest
+
+from memory.claim import claimed
+
+
+def test_a_claimed_folder_is_refused_and_its_holder_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/train.py", "--out", "runs/one"])
+    folder = tmp_path / "runs" / "one"
+    with claimed("--out", folder):
+        message = rf"one: process {os.getpid()} on .*train.py --out runs/one"
+        with pytest.raises(ValueError, match=message), claimed("--out", folder):
+            pass
+        with claimed("--out", folder, claim=False):
+            pass
+        assert [path.name for path in folder.iterdir()] == [".claim"]
+    assert list(folder.iterdir()) == []
+    with claimed("--out", folder):
+        pass
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    def killed():
+        with claimed("--out", tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert (tmp_path / ".claim").exists()
+    with claimed("--out", tmp_path):
+        (tmp_path / "result").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_of_many_processes_one_at_a_time_holds_a_folder(tmp_path):
+    def worker(folder, held):
+        for _ in range(200):
+            try:
+                with claimed("--out", folder):
+                    (folder / "inside").mkdir()  # fails if another is inside
+                    (folder / "inside").rmdir()
+                    held.value += 1
+            except ValueError:
+                continue
+
+    context = multiprocessing.get_context("fork")
+    held = [context.Value("i", 0) for _ in range(4)]
+    processes = [context.Process(target=worker, args=(tmp_path, value)) for value in held]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sum(value.value for value in held) > 4
