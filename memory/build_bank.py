@@ -229,6 +229,7 @@ def check_features(store: LatentDataset, state: PartialState) -> None:
     rows = rows_of_process(len(store), state)
     for start in tqdm(range(rows.start, rows.stop, ROWS), desc="checking", disable=not state.is_main_process):
         chunk = torch.from_numpy(np.array(store.features[start : min(start + ROWS, rows.stop)]))  # (n, V, F)
+        chunk = chunk.to(state.device)  # looking at each number takes a CPU longer than reading it
         refuse(store.features.filename, undirected(chunk.flatten(0, 1)).view(chunk.shape[:2]).any(1), start)
 
 

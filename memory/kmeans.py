@@ -11,6 +11,7 @@ and their sums in float64 (16·K·F in all: 7.9 GB at K = 640,000, F = 768), and
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -105,18 +106,56 @@ def refuse(name: str, flags: torch.Tensor, start: int = 0) -> None:
         )
 
 
-def cosines(features: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Exact cosines (N,) float64 of normalised rows (N, F) and the rows `index` (N,) of normalised centroids (K, F)."""
-    pairs = zip(features.split(ROWS), index.split(ROWS), strict=True)
+def cosines(
+    features: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Exact cosines (N,) float64 of normalised rows (N, F), or of the rows `rows` (N,) of such, and the rows `index`
+    (N,) of normalised centroids (K, F)."""
+    chosen = features.split(ROWS) if rows is None else (features[part] for part in rows.split(ROWS))
+    pairs = zip(chosen, index.split(ROWS), strict=True)
     return torch.cat([(some.double() * centroids[at].double()).sum(1) for some, at in pairs])
+
+
+def fused(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device: a GPU of the Hopper generation or later, and Triton installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A function that gives normalised rows (N, F) their nearest centroids, for one set of centroids after the other.
+
+    It takes the normalised centroids (K, F) and, as a hint, for each row a centroid that may be the nearest or -1 (N,),
+    and returns the labels (N,) long, the lowest number among equals, and their exact cosines (N,) float64. Both are the
+    same from `fused.Search`, taken where the device has what it needs, and from `assign_plain`.
+    """
+    if fused(features.device):
+        from memory.fused import Search  # imports Triton, which not every machine has
+
+        return Search(features)
+
+    def plain(centroids: torch.Tensor, guess: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        label = assign_plain(features, centroids)
+        return label, cosines(features, centroids, label)
+
+    return plain
 
 
 def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """The nearest centroid (N,) long by cosine, the lowest number among equals: features (N, F), centroids (K, F).
 
-    Both must be `normalised`. The answer is exact. A float32 product of F terms is off by at most F·2⁻²⁴ (1 + F·2⁻²⁴)
-    times the product of the lengths, whatever the order of summation (Higham, Accuracy and Stability, §3.1); rows whose
-    best two scores are closer than twice that are scored again in float64, where cosines of such rows have no error.
+    Both must be `normalised`. The answer is exact.
+    """
+    return nearest(features)(centroids)[0]
+
+
+def assign_plain(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """`assign` by blocks of float32 scores, on any device.
+
+    A float32 product of F terms is off by at most F·2⁻²⁴ (1 + F·2⁻²⁴) times the product of the lengths, whatever the
+    order of summation (Higham, Accuracy and Stability, §3.1); rows whose best two scores are closer than twice that are
+    scored again in float64, where cosines of such rows have no error.
     """
     rows, columns = BLOCK[features.device.type]
     margin = 2.01 * features.shape[1] / GRID
@@ -166,7 +205,8 @@ def kmeans(
     iterations: int,
     seed: int = 0,
     init: torch.Tensor | None = None,
-    on_pass: Callable[[float], None] | None = None,
+    on_pass: Callable[[float], None] = lambda inertia: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> KMeansResult:
     """Spherical k-means (Dhillon & Modha 2001): Lloyd's passes on unit vectors, centroids renormalised in each.
 
@@ -174,8 +214,9 @@ def kmeans(
     slice of them, and every process gets the same result but for its own `assignment`. Starts from `init` (k, F), or
     from k distinct rows drawn with `seed`; `iterations=0` returns these. An empty cluster restarts at the row farthest
     from its centroid (the next empty one at the next farthest; the first of equals). `on_pass` is called with the
-    inertia after every pass. Raises ValueError for k outside 1..N, negative iterations, a wrong shape, and rows of
-    zeros or with NaN or infinity, with their numbers.
+    inertia after every pass, `on_stage` with "preparation", "assignment" or "update" after each of these. Raises
+    ValueError for k outside 1..N, negative iterations, a wrong shape, and rows of zeros or with NaN or infinity, with
+    their numbers.
     """
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"features: expected floats (N, F), got {features.dtype} {tuple(features.shape)}")
@@ -186,49 +227,82 @@ def kmeans(
         raise ValueError(f"iterations = {iterations}: expected 0 or more")
     refuse("features", shards.whole(undirected(features).long()))
     features = normalised(features)
+    guess = torch.full((len(features),), -1, device=features.device)
     if init is None:
-        chosen = torch.randperm(shards.total, generator=torch.Generator().manual_seed(seed))[:k]
-        centroids = shards.rows(features, chosen.to(features.device))
+        chosen = torch.randperm(shards.total, generator=torch.Generator().manual_seed(seed))[:k].to(features.device)
+        centroids = shards.rows(features, chosen)
+        mine = ((chosen >= shards.start) & (chosen < shards.stop)).nonzero().squeeze(1)
+        guess[chosen[mine] - shards.start] = mine
     else:
         if init.shape != (k, features.shape[1]):
             raise ValueError(f"init: expected shape ({k}, {features.shape[1]}), got {tuple(init.shape)}")
         refuse("init", undirected(init))
         centroids = normalised(init.to(features.device))
 
-    inertia = []
-    assignment = assign(features, centroids)
+    inertia, before, search = [], None, nearest(features)
+    on_stage("preparation")
+    assignment, cosine = search(centroids, guess)
+    on_stage("assignment")
     for _ in range(iterations):
-        centroids = _updated(features, centroids, assignment, shards)
-        assignment = assign(features, centroids)
-        inertia.append(_inertia(cosines(features, centroids, assignment), shards))
-        if on_pass is not None:
-            on_pass(inertia[-1])
+        centroids = _updated(features, centroids, assignment, before, cosine, shards)
+        on_stage("update")
+        before = assignment
+        assignment, cosine = search(centroids)
+        on_stage("assignment")
+        inertia.append(_inertia(cosine, shards))
+        on_pass(inertia[-1])
     counts = shards.sum(torch.bincount(assignment, minlength=k))
     return KMeansResult(centroids, counts, assignment, inertia)
 
 
-def _updated(features: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor, shards: Shards) -> torch.Tensor:
-    """Centroids (K, F) of the clusters given by `assignment` (N,), and restarts for those without members."""
-    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=features.device)
-    for some, index in zip(features.split(ROWS), assignment.split(ROWS), strict=True):
-        sums.index_add_(0, index, some.double())
-    shards.sum(sums)
+def _updated(
+    features: torch.Tensor,
+    centroids: torch.Tensor,
+    assignment: torch.Tensor,
+    before: torch.Tensor | None,
+    cosine: torch.Tensor,
+    shards: Shards,
+) -> torch.Tensor:
+    """Centroids (K, F) of the clusters given by `assignment` (N,), and restarts for those without members.
+
+    A cluster whose members are those of the assignment `before` (N,) the last update has the same sum and keeps its
+    centroid; None: there was no update yet. `cosine` (N,) is that of each row and its present centroid.
+    """
+    touched = torch.full((len(centroids),), int(before is None), device=features.device)
+    if before is not None:
+        changed = (assignment != before).nonzero().squeeze(1)
+        touched[before[changed]] = 1
+        touched[assignment[changed]] = 1
+    touched = shards.sum(touched).nonzero().squeeze(1)
+    place = torch.full((len(centroids),), -1, device=features.device)
+    place[touched] = torch.arange(len(touched), device=features.device)
+    sums = shards.sum(cluster_sums(features, place[assignment], len(touched)))
     counts = shards.sum(torch.bincount(assignment, minlength=len(centroids)))
 
     # Rounding to the grid can make a mean a worse centre than the centre before it. It replaces the old one only if it
     # is better by more than the error of these two float64 sums; this is what keeps the inertia from ever rising.
-    updated = torch.empty_like(centroids)
-    for start in range(0, len(centroids), ROWS):
-        some = slice(start, start + ROWS)
-        old, new = centroids[some], normalised(sums[some])
-        gain = ordered_sum(sums[some] * new) - ordered_sum(sums[some] * old)
+    updated = centroids.clone()
+    for some, total in zip(touched.split(ROWS), sums.split(ROWS), strict=True):
+        old, new = centroids[some], normalised(total)
+        gain = ordered_sum(total * new) - ordered_sum(total * old)
         updated[some] = torch.where((gain > counts[some] * 2.0**-48)[:, None], new, old)
 
     empty = (counts == 0).nonzero().squeeze(1)
     if len(empty):
-        everyone = shards.whole(cosines(features, centroids, assignment))
-        updated[empty] = shards.rows(features, everyone.argsort(stable=True)[: len(empty)])
+        updated[empty] = shards.rows(features, shards.whole(cosine).argsort(stable=True)[: len(empty)])
     return updated
+
+
+def cluster_sums(features: torch.Tensor, cluster: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Exact sums (K, F) float64 of the rows (N, F) of each of K clusters; rows of cluster -1 (N,) are left out."""
+    if fused(features.device):
+        from memory.kernels import cluster_sums as sorted_sums
+
+        return sorted_sums(features, cluster, clusters)
+    sums = torch.zeros(clusters, features.shape[1], dtype=torch.float64, device=features.device)
+    for rows in (cluster >= 0).nonzero().squeeze(1).split(ROWS):
+        sums.index_add_(0, cluster[rows], features[rows].double())
+    return sums
 
 
 def _inertia(cosine: torch.Tensor, shards: Shards) -> float:

@@ -1,5 +1,7 @@
 """k-means against float64 and integer arithmetic and scikit-learn, and what it promises about bits and inertia."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memory.kmeans
+from benchmarks import bench_kmeans
 from memory.kmeans import assign, cosines, kmeans, normalised, ordered_sum
 
 
@@ -182,6 +185,44 @@ def test_memory_is_bounded_by_a_block_of_scores(monkeypatch):
     with Largest() as largest:
         kmeans(features, 1000, 1)
     assert largest.elements == 256 * 256  # a matrix of all scores would have 2,000,000
+
+
+def test_clusters_whose_members_stay_are_not_summed_again(monkeypatch):
+    summed = []
+
+    def counted(features, cluster, clusters, inner=memory.kmeans.cluster_sums):
+        summed.append(clusters)
+        return inner(features, cluster, clusters)
+
+    monkeypatch.setattr(memory.kmeans, "cluster_sums", counted)
+    features = torch.cat([clumps(60, 8, 6, 0.01), torch.eye(8)])
+    result = kmeans(features, 20, 6, seed=2)
+    assert summed[0] == 20
+    assert summed[-1] < 20
+    whole = normalised(torch.stack([normalised(features)[result.assignment == j].double().sum(0) for j in range(20)]))
+    assert torch.allclose(result.centroids, whole, rtol=0, atol=1e-6)
+
+
+def test_the_benchmark_runs_small_on_a_cpu(tmp_path, capsys):
+    sizes = ["--images", "300", "--dim", "70", "--k", "150", "--passes", "2", "--subset", "50", "--growth-k", "20"]
+    bench_kmeans.main([*sizes, "--out", str(tmp_path / "kmeans.json")])
+    written = json.loads((tmp_path / "kmeans.json").read_text())
+    assert [(row["data"], row["k"]) for row in written["rows"]] == [("noise", 150), ("mixture", 150), ("noise", 20)]
+    for row in written["rows"]:
+        assert row["subset_labels_equal"] == 1
+        assert row["subset_inertia_ratio"] == 1
+        assert len(row["assignments"]) == 3
+        assert len(row["updates"]) == len(row["inertia"]) == 2
+    assert written["path"] == "plain"
+    assert "flash-kmeans is not timed" in capsys.readouterr().out
+
+
+def test_benchmark_data_do_not_depend_on_the_process(monkeypatch):
+    monkeypatch.setattr(bench_kmeans, "BLOCK", 64)
+    for kind in ("noise", "mixture"):
+        whole, part = (bench_kmeans.draw(kind, rows, 5, torch.device("cpu")) for rows in (range(300), range(50, 200)))
+        assert torch.equal(whole[50:200], part)
+        assert len(whole.unique(dim=0)) == 300
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""The Triton kernels, and what is made of them, against the plain path and brute force: compiled on a GPU, and, on a
+machine without one, by Triton's interpreter in a process of its own."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import memory.kmeans
+from memory.kmeans import assign, assign_plain, kmeans, normalised
+
+
+def clumps(n, f, centres, spread=0.5, seed=0):
+    """Features (n, f) around `centres` random points."""
+    draw = torch.Generator().manual_seed(seed)
+    middle = torch.randn(centres, f, generator=draw)[torch.randint(centres, (n,), generator=draw)]
+    return middle + spread * torch.randn(n, f, generator=draw)
+
+
+def duplicates(n, f):
+    """Clumps with many equal rows: ties, empty clusters, restarts."""
+    features = clumps(n, f, n // 10)
+    features[::7] = features[0]
+    return features
+
+
+def near_copies(n, f):
+    """Groups of 5 rows that float16 cannot tell from each other."""
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(n // 5, f, generator=draw).repeat(5, 1) + 1e-5 * torch.randn(n // 5 * 5, f, generator=draw)
+
+
+RUNS = {
+    "clumps": (clumps(400, 96, 40), 180, 3),
+    "noise": (clumps(300, 40, 300, 1.0), 150, 2),
+    "duplicates": (duplicates(300, 70), 150, 3),
+    "near copies": (near_copies(200, 33), 80, 3),
+    "every row a centroid": (clumps(300, 100, 300), 300, 1),
+    "few centroids of few dimensions": (clumps(200, 3, 20), 5, 4),
+    "one centroid": (clumps(200, 8, 5), 1, 2),
+    "opposite to all centroids": (torch.cat([clumps(64, 16, 1), -clumps(64, 16, 1)]), 20, 2),
+}
+
+
+def forced(on):
+    """Take or leave the kernels whatever the device."""
+    return mock.patch.object(memory.kmeans, "fused", return_value=on)
+
+
+def check_tiles(device):
+    """The best tiles are those of float64, at once, in windows or in splits, by the portable kernel and Hopper's."""
+    import memory.kernels
+    from memory.fused import halves
+
+    rows, columns = (halves(normalised(clumps(n, 130, n).to(device))).matrix for n in (300, 2100))
+    width = memory.kernels.shape_for(rows.device).columns
+    padded = torch.cat([columns, columns[-1:].expand(-len(columns) % width, -1)])
+    maxima = (rows.double() @ padded.double().T).unflatten(1, (-1, width)).amax(2)  # (300, tiles)
+    expected = maxima.topk(4)
+    for own in {False, memory.kernels.hopper(rows.device)}:
+        for waves, window in ((0, 2**30), (0, 2 * width * 2 * 192), (1, 1), (1000, 1)):  # once, windows of two, splits
+            with mock.patch.multiple(memory.kernels, WAVES=waves, WINDOW=window, hopper=lambda device, own=own: own):
+                values, tiles = memory.kernels.best_tiles(rows, columns)
+            torch.testing.assert_close(values.T.double(), expected.values, rtol=0, atol=2e-6)
+            assert (expected.indices[:, :3] == tiles.T).double().mean() > 0.999
+
+
+def check_runs(device):
+    """k-means gives the same bits with the kernels and without, its bounds hold, and it searches less and less."""
+    for name, (features, k, passes) in RUNS.items():
+        features = features.to(device)
+        with forced(False):
+            plain = kmeans(features, k, passes)
+        with forced(True):
+            ours = kmeans(features, k, passes)
+            given = kmeans(features, k, passes, init=plain.centroids)  # nothing is guessed here
+        assert torch.equal(ours.centroids, plain.centroids), name
+        assert torch.equal(ours.assignment, plain.assignment), name
+        assert torch.equal(ours.counts, plain.counts), name
+        assert ours.inertia == plain.inertia, name
+        with forced(False):
+            assert torch.equal(given.assignment, kmeans(features, k, passes, init=plain.centroids).assignment), name
+
+
+def check_bounds(device):
+    """What `find` promises, and each row's bound on all other centroids, by brute force."""
+    from memory.fused import Search, find, halves, sketch
+
+    features, centroids = normalised(clumps(400, 80, 40).to(device)), normalised(clumps(300, 80, 40, seed=5).to(device))
+    exact = features.double() @ centroids.double().T
+    assert (sketch(features).double() @ sketch(centroids).double().T >= exact - 1e-6).all()
+    rows, columns = torch.arange(10, 400, device=device), torch.arange(3, 290, device=device)
+    inside = exact[rows][:, columns]
+    for floor in (torch.full((390,), -torch.inf, device=device), inside.double().quantile(0.99, dim=1)):
+        found = find(halves(features), rows, halves(centroids), columns, floor)
+        listed = torch.zeros_like(exact, dtype=torch.bool)
+        listed[found.row, found.column] = True
+        needed = (inside >= inside.amax(1, keepdim=True)) & (inside >= floor[:, None])
+        assert (listed[rows][:, columns] | found.crowded[:, None])[needed].all()
+        assert listed.sum() <= 1.2 * len(rows)  # rounding to float16 leaves few columns in doubt
+        assert (inside <= found.bound[:, None]).all()
+        has = found.only >= 0
+        rest = exact[rows].scatter(1, found.only.clamp(min=0)[:, None], -torch.inf)[:, columns]
+        assert (rest[has] <= found.bound_others[has, None]).all()
+        assert (found.bound_others[has] < found.bound[has]).any()
+
+    assert [part.shape for part in Search(features[:0])(centroids)] == [(0,), (0,)]  # a process without rows
+    search, moving = Search(features), centroids.clone()
+    for step in range(4):
+        label, cosine = search(moving.clone())
+        exact = features.double() @ moving.double().T
+        assert torch.equal(label, exact.argmax(1))
+        assert torch.allclose(cosine, exact.amax(1), rtol=0, atol=1e-14)
+        assert (exact.scatter(1, label[:, None], -torch.inf) <= search.others[:, None]).all()
+        moving[step::5] = normalised(moving[step::5] + 0.1 * torch.randn_like(moving[step::5]))
+
+
+def check_skipping(device):
+    """A centroid that moved is all that is searched, except by rows that it left behind."""
+    import memory.fused
+
+    features = normalised(clumps(400, 32, 400).to(device))
+    search, centroids = memory.fused.Search(features), features[:200].clone()
+    label, _ = search(centroids.clone())
+    asked = []
+
+    def counted(*args, find=memory.fused.find, **more):
+        asked.append((len(args[1]), len(args[3])))
+        return find(*args, **more)
+
+    with mock.patch.object(memory.fused, "find", counted):
+        assert torch.equal(search(centroids.clone())[0], label)
+        assert asked == []
+        centroids[7] = -centroids[7]
+        assert torch.equal(search(centroids)[0], assign_plain(features, centroids))
+    left = (label == 7).nonzero().squeeze(1)
+    assert asked == [(199, 1), (201, 1), (len(left), 199)]  # 199 rows are their own centroids: by their sketches
+
+
+def check_error(device):
+    """Scores stay inside the bound where rounding hurts most: equal signs, equal parts, one large part."""
+    from memory.fused import _error, halves
+    from memory.kernels import best_tiles
+
+    width = 768
+    same = torch.ones(1, width) + 1e-3 * torch.rand(64, width, generator=torch.Generator().manual_seed(0))
+    for rows in (
+        same,
+        torch.rand(64, width, generator=torch.Generator().manual_seed(1)),
+        clumps(64, width, 64),
+        torch.eye(64, width) + 0.01,
+    ):
+        unit = normalised(rows.to(device))
+        values, _ = best_tiles(halves(unit).matrix, halves(unit).matrix)
+        exact = (unit.double() @ unit.double().T).amax(1)
+        assert (values[0] - exact).abs().amax() <= _error(halves(unit), halves(unit))
+
+
+CHECKS = [check_tiles, check_runs, check_bounds, check_skipping, check_error]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS)
+def test_compiled_for_a_gpu(check):
+    check("cuda")
+
+
+@pytest.mark.gpu
+def test_large_and_small_searches_on_a_gpu():
+    centroids = normalised(clumps(20_000, 200, 5000).cuda())
+    for rows in (3, 300, 40_000):
+        features = normalised(clumps(rows, 200, 5000, seed=7).cuda())
+        assert torch.equal(assign(features, centroids), assign_plain(features, centroids))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU runs the compiled kernels instead")
+def test_in_tritons_interpreter(root):
+    program = (
+        "import torch, test_kmeans_kernels as tests; torch.set_num_threads(1); [check('cpu') for check in tests.CHECKS]"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
+def test_without_triton_or_tensor_cores_the_plain_path_is_taken(monkeypatch):
+    on_gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert memory.kmeans.fused(on_gpu)
+    assert not memory.kmeans.fused(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert not memory.kmeans.fused(on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(memory.kmeans.importlib.util, "find_spec", lambda name: None)
+    assert not memory.kmeans.fused(on_gpu)
