@@ -378,21 +378,27 @@ def test_own_photos(root, photos, site, environment):
     assert copies["spaces"].keys() == {"efficientnet-lite0@64", "latent"}
 
 
-# Stand-ins of SLURM's commands. A job's tasks are noted in $SPOOL, as are the requests to queue it again.
+# Stand-ins of SLURM's commands. A job's tasks are noted in $SPOOL, as are the requests to queue it again. As on some
+# clusters, scancel signals every process of a step; srun ends the other tasks when one fails.
 SLURM = {
     "srun": """
+        [ "$1" = --kill-on-bad-exit=1 ] || exit 99
         while [[ $1 == --* ]]; do shift; done
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
             SLURM_NODEID=$node "$@" &
             echo $! >>"$SPOOL/tasks"
         done
         worst=0
-        for task in $(cat "$SPOOL/tasks"); do
-            wait $task || { status=$?; [ $status -le $worst ] || worst=$status; }
+        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+            wait -n || { worst=$?; kill -KILL $(cat "$SPOOL/tasks"); }
         done
         exit $worst
     """,
-    "scancel": '[ "$*" = "--signal=USR1 $SLURM_JOB_ID" ] && kill -USR1 $(cat "$SPOOL/tasks")',
+    "scancel": """
+        [ "$*" = "--signal=USR1 $SLURM_JOB_ID" ] || exit 99
+        tree() { for child in $(pgrep -P $1); do tree $child; done; kill -USR1 $1; }
+        for task in $(cat "$SPOOL/tasks"); do tree $task; done
+    """,
     "scontrol": """
         case "$1" in
             show) for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do echo localhost; done ;;
@@ -400,22 +406,33 @@ SLURM = {
         esac
     """,
 }
-# A command that works until it is told to stop, and counts how often it is; or finishes, fails or does not listen.
+# A command that works until it is told to stop and then takes a while, longer on the second node; it notes each signal.
+# Or one that finishes, fails or does not listen.
 WORK = """
-    trap 'echo INT >>"$SPOOL/signals"' INT
-    trap 'echo TERM >>"$SPOOL/signals"; [ "$HOW" = stubborn ] || { sleep 0.3; echo >"$SPOOL/saved"; exit 0; }' TERM
-    [ "$HOW" != finish ] || exit 0
-    [ "$HOW" != fail ] || exit 3
-    echo >"$SPOOL/working"
-    for ((i = 0; i < 400; i++)); do sleep 0.05; done
+import os, pathlib, signal, sys, time
+spool, how, node = pathlib.Path(os.environ["SPOOL"]), os.environ["HOW"], int(os.environ.get("SLURM_NODEID", 0))
+stopping = []
+def stop(number, frame):
+    with open(spool / "signals", "a") as file:
+        file.write(f"{signal.Signals(number).name} {node}\\n")
+    stopping.append(number)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+if how in ("finish", "fail"):
+    sys.exit(3 * (how == "fail"))
+(spool / f"working {node}").touch()
+while not stopping or how == "stubborn":
+    time.sleep(0.02)
+time.sleep(0.2 + node)
+(spool / f"saved {node}").touch()
 """
 
 
-def programs(folder, **scripts):
-    """Executable shell scripts in a folder."""
+def programs(folder, shell, **scripts):
+    """Executable scripts in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}")
+        (folder / name).write_text(f"#!{shell}\n{text}")
         (folder / name).chmod(0o755)
     return folder
 
@@ -423,7 +440,7 @@ def programs(folder, **scripts):
 @pytest.fixture
 def slurm(tmp_path, root, environment):
     """Submits a recipe with these variables as sbatch would, from a copy of the script in a spool folder."""
-    commands = programs(tmp_path / "bin", **SLURM)
+    commands = programs(tmp_path / "bin", "/bin/bash", **SLURM)
     jobs = []
 
     def submit(*words, nodes=1, **variables):
@@ -444,7 +461,7 @@ def slurm(tmp_path, root, environment):
         job.kill()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     """Return when a condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
@@ -454,7 +471,7 @@ def wait_for(condition, seconds=60):
 
 def worker(tmp_path, environment):
     """Variables of a shell whose `python` is the command above."""
-    folder = programs(tmp_path / "worker", python=WORK)
+    folder = programs(tmp_path / "worker", f"{sys.executable} -IS", python=WORK)
     return {"PATH": f"{tmp_path / 'bin'}:{folder}:{environment['PATH']}", "NPROC": "1"}
 
 
@@ -465,15 +482,17 @@ def test_a_job_that_ends_is_not_queued_again(tmp_path, environment, slurm, how, 
     assert not (spool / "requeued").exists()
 
 
-@pytest.mark.parametrize("how", ["listens", "stubborn"])
-def test_the_time_limit_saves_and_queues_again(tmp_path, environment, slurm, how):
-    job, spool = slurm("scripts/train-gmem-b.sh", HOW=how, PATIENCE=1, **worker(tmp_path, environment))
-    wait_for((spool / "working").exists)
+@pytest.mark.parametrize(("how", "nodes"), [("listens", 1), ("listens", 2), ("stubborn", 1)])
+def test_the_time_limit_saves_and_queues_again(tmp_path, environment, slurm, how, nodes):
+    variables = {"HOW": how, "PATIENCE": 1 if how == "stubborn" else 30, **worker(tmp_path, environment)}
+    job, spool = slurm("scripts/train-gmem-b.sh", nodes=nodes, **variables)
+    wait_for(lambda: len(list(spool.glob("working *"))) == nodes)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0, (spool / "log").read_text()
     assert (spool / "requeued").read_text() == "4242\n"
-    assert (spool / "signals").read_text() == "TERM\n"
-    assert (spool / "saved").exists() == (how == "listens")
+    signals = (spool / "signals").read_text().splitlines()
+    assert sorted(signals) == [f"SIGTERM {node}" for node in range(nodes)]
+    assert len(list(spool.glob("saved *"))) == (0 if how == "stubborn" else nodes)
     for task in (spool / "tasks").read_text().split():
         subprocess.run(["pkill", "-KILL", "-P", task], check=False)  # of the stubborn one
 
@@ -483,11 +502,11 @@ def test_a_signal_stops_a_recipe_once(tmp_path, root, environment, number):
     """Ctrl-C goes to a terminal's whole process group; the worker must get one signal all the same."""
     shell = {**environment, **worker(tmp_path, environment), "SPOOL": str(tmp_path), "HOW": "listens"}
     recipe = subprocess.Popen(["bash", "scripts/train-gmem-b.sh"], cwd=root, env=shell, start_new_session=True)
-    wait_for((tmp_path / "working").exists)
+    wait_for((tmp_path / "working 0").exists)
     os.killpg(recipe.pid, number)
     assert recipe.wait(30) == 143
-    assert (tmp_path / "signals").read_text() == "TERM\n"
-    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "signals").read_text() == "SIGTERM 0\n"
+    assert (tmp_path / "saved 0").exists()
 
 
 def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
@@ -499,7 +518,7 @@ def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
     job, spool = slurm(*flags, nodes=2, STEPS=1_000_000, **places)
     wait_for(lambda: job.poll() is not None or len(bench.losses(out)) > 2)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == 0, (spool / "log").read_text()
+    assert job.wait(120) == 0, (spool / "log").read_text()
     assert (spool / "requeued").exists()
     assert "stopped by a signal" in (spool / "log").read_text()
     (saved,) = (out / "checkpoints").glob("*.pt")
@@ -507,7 +526,7 @@ def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
     assert step == max(bench.losses(out)) < 5_000
 
     job, spool = slurm(*flags, STEPS=step + 2, **places)
-    assert job.wait(60) == 0, (spool / "log").read_text()
+    assert job.wait(120) == 0, (spool / "log").read_text()
     assert not (spool / "requeued").exists()
     assert f"continuing from {saved}" in (spool / "log").read_text()
     assert list(bench.losses(out)) == list(range(1, step + 3))
