@@ -66,15 +66,20 @@ def make_images(path: Path, count: int, seed: int, moments: bool) -> None:
             with archive.open(f"{name}.npy", "w") as file:
                 value = points.mean(0) if len(shape) == 1 else points.T @ points / len(points)
                 np.lib.format.write_array(file, value.astype(np.float64), allow_pickle=False)
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file, ThreadPoolExecutor(1) as thread:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
             np.lib.format.write_array_header_1_0(file, header)
+            writing = None  # the batch before, its checksum and the disk
             for start in range(0, count, BATCH):
                 shape = (min(BATCH, count - start), 3, 8, 8)
                 coarse = torch.randint(256, shape, generator=generator, device=device).float()
                 images = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
                 images = images.clamp(0, 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
-                file.write(images.cpu().contiguous().numpy())
+                pixels = images.contiguous().cpu().numpy()
+                if writing:
+                    writing.result()
+                writing = thread.submit(file.write, pixels)
+            writing.result()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
