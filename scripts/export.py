@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from memory.bank import MemoryBank
 from memory.files import atomic, sha256
+from memory.provenance import code_version
 from models.checkpoint import EXPORTED, WEIGHTS, load_model
 from models.sit import SiT
 
@@ -91,9 +92,10 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
         "codec": f"{config['codec']['name']}, scale {config['codec'].get('scale')}",
         "encoder of the snippets": config["encoder"],
         "memory bank": held,
-        "trained on": (config["store"] or {}).get("path"),
+        "trained on": config["store"] and f"{config['store']['path']}, fingerprint {config['store']['fingerprint']}",
         "made from": f"{Path(source['path']).name}, its {source['weights']} weights, SHA-256 {source['sha256']}",
         "its format": config.get("format", "this project's"),
+        "exported by code": code_version(),
     }
     table = "\n".join(f"| {name} | {'not known' if value is None else value} |" for name, value in rows.items())
     return (

@@ -20,7 +20,7 @@ from memory import build_bank
 from memory.files import sha256
 from models.published import GMEM, REPA, SIT
 from models.sit import SiT_models
-from scripts import cost, curve, encode_dataset, report
+from scripts import cost, curve, encode_dataset, export, report
 from scripts.quoted import QUOTED
 
 ENCODER = "test_vit@32"
@@ -113,6 +113,13 @@ def test_the_same_commands_again_leave_everything_as_it_is(made):
     checkpoint = made.run / "checkpoints" / "0000004.pt"
     sample_ddp.main(words("--checkpoint", checkpoint, "--out", made.samples, "--num-images 8 --steps 3 --format npz"))
     assert {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_card_names_data_and_code(made, tmp_path):
+    export.main(words(made.run, "--out", tmp_path / "st"))
+    card = (tmp_path / "st" / "README.md").read_text()
+    assert f"fingerprint {read(made.store / 'meta.json')['fingerprint']}" in card
+    assert read(made.result)["run"]["code"].partition("+")[0] in card
 
 
 # Cost
