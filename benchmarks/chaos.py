@@ -22,6 +22,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -189,8 +190,20 @@ def damaged(folder: Path, reference: dict[str, object]) -> list[str]:
     return found
 
 
-def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw: random.Random) -> dict:
-    """Kill a stage `kills` times, and say what did not hold."""
+def differences(folder: Path, reference: dict[str, object]) -> list[str]:
+    """In what a finished run's files differ from those of the undisturbed run."""
+    found = files_of(folder)
+    problems = [f"missing at the end: {name}" for name in sorted(reference.keys() - found.keys())]
+    problems += [f"left at the end: {name}" for name in sorted(found.keys() - reference.keys())]
+    return problems + [
+        f"different at the end: {name}"
+        for name, path in found.items()
+        if name in reference and content(path) != reference[name]
+    ]
+
+
+def undisturbed(work: Path, stage: str, processes: int) -> tuple[dict[str, object], float]:
+    """What a stage writes when nothing happens, and the seconds that it takes; the next stages read it."""
     main, words = commands(work)[stage]
     out, log = work / "out", work / f"{stage}-{processes}.log"
     shutil.rmtree(out, ignore_errors=True)
@@ -200,10 +213,58 @@ def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw
     if statuses is None or any(statuses):
         raise RuntimeError(f"the undisturbed run of {stage} failed with {statuses}: see {log}")
     reference = {name: content(path) for name, path in files_of(out).items()}
-    if processes == 1:  # what the next stages read
+    if processes == 1:
         shutil.rmtree(work / stage, ignore_errors=True)
         shutil.copytree(out, work / stage)
+    return reference, seconds
 
+
+def starve(work: Path, stage: str, faults: int, draw: random.Random) -> dict:
+    """Run a stage on a disk that is too small, again and again a larger one, and say what did not hold.
+
+    Needs the right to mount a tmpfs.
+    """
+    main, words = commands(work)[stage]
+    out, log = work / "out", work / f"{stage}-full.log"
+    reference, seconds = undisturbed(work, stage, 1)
+    needed = sum(4096 * -(-path.stat().st_size // 4096) for path in files_of(out).values())
+    shutil.rmtree(out)
+    out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", out], check=True)
+    problems, met = [], 0
+    try:
+        for size in sorted(draw.randrange(needed) for _ in range(faults)):
+            size = max(size, sum(path.stat().st_blocks * 512 for path in out.rglob("*"))) + 4096
+            subprocess.run(["mount", "-o", f"remount,size={size}", out], check=True)
+            log.unlink(missing_ok=True)
+            job = Job(main, words, 1, log)
+            statuses = job.wait(time.monotonic() + PATIENCE)
+            if statuses is None:
+                job.kill(signal.SIGKILL)
+                problems.append(f"hangs on a disk of {size:,} bytes")
+            elif any(statuses):
+                met += 1
+                lines = log.read_text().strip().splitlines()
+                if not any(word in lines[-1] for word in ("disk", "space", "free", "reserve")):
+                    problems.append(f"on a disk of {size:,} bytes it says: {lines[-1][:300]}")
+            problems += [f"on a disk of {size:,} bytes: {problem}" for problem in damaged(out, reference)]
+        subprocess.run(["mount", "-o", f"remount,size={10 * needed + (1 << 24)}", out], check=True)
+        statuses = Job(main, words, 1, log).wait(time.monotonic() + PATIENCE)
+        if statuses != [0]:
+            problems.append(f"fails with {statuses} when there is room again: see {log}")
+        else:
+            problems += differences(out, reference)
+    finally:
+        subprocess.run(["umount", "--lazy", out], check=True)
+        out.rmdir()
+    return {"stage": stage, "processes": 1, "seconds_undisturbed": seconds, "full_disks": met, "problems": problems}
+
+
+def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw: random.Random) -> dict:
+    """Kill a stage `kills` times, and say what did not hold."""
+    main, words = commands(work)[stage]
+    out, log = work / "out", work / f"{stage}-{processes}.log"
+    reference, seconds = undisturbed(work, stage, processes)
     problems, done, misses, rounds, continued = [], 0, 0, 0, 0
     shutil.rmtree(out)
     while True:
@@ -223,10 +284,7 @@ def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw
         if any(statuses):
             problems.append(f"after kill {done} the command fails with {statuses}: see {log}")
             break
-        found = {name: path for name, path in files_of(out).items()}
-        problems += [f"missing at the end: {name}" for name in reference.keys() - found.keys()]
-        problems += [f"left at the end: {name}" for name in found.keys() - reference.keys()]
-        problems += [f"different at the end: {name}" for name in found if content(found[name]) != reference.get(name)]
+        problems += differences(out, reference)
         misses += 1
         if done >= kills or problems or misses > MISSES:
             break
@@ -244,6 +302,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", default=list(commands(Path())), help="which; each needs those before it")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1 must come first")
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"), help="what is sent")
+    parser.add_argument("--full-disks", type=int, default=0, help="instead run each stage on so many disks too small")
     parser.add_argument("--images", type=int, default=400, help="images of Fashion-MNIST to work on")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the commands write")
@@ -259,7 +318,12 @@ def main(argv: list[str] | None = None) -> None:
     words = ["--source", str(ROOT / "assets" / "fashion-mnist"), "--out", str(work / "images")]
     make_assets.main(["images", *words, "--train", str(args.images), "--test", "1"])
     outcomes = []
-    for stage in args.stages:
+    for stage in args.stages if args.full_disks else ():
+        outcomes.append(starve(work, stage, args.full_disks, draw))
+        facts = outcomes[-1]
+        print(f"{stage:9} {facts['full_disks']} full disks, {len(facts['problems'])} problems", flush=True)
+        print(*facts["problems"][:10], sep="\n    ", flush=True)
+    for stage in () if args.full_disks else args.stages:
         for processes in args.processes:
             number = getattr(signal, f"SIG{args.signal}")
             outcomes.append(endure(work, stage, processes, args.kills, number, draw))

@@ -1,0 +1,96 @@
+"""Disks that are full or read-only, and folders that vanish: an error that says so, and nothing lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import chaos
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount a small file system in a new folder, where that is allowed."""
+    mounted = []
+
+    def small(options):
+        place = tmp_path / "mounted"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        mounted.append(place)
+        return place
+
+    yield small
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """What each command of the path leaves, at small size, and the command lines."""
+    work = tmp_path_factory.mktemp("stages")
+    words = ["--kills", "0", "--images", "150", "--processes", "1", "--work", str(work)]
+    subprocess.run([sys.executable, "-m", "benchmarks.chaos", *words], check=True, cwd=chaos.ROOT, timeout=600)
+    return work
+
+
+def redirected(work, stage, out):
+    """A stage's `main` and its command line, writing below another folder."""
+    main, words = chaos.commands(work)[stage]
+    return main, [word.replace(str(work / "out"), str(out)) for word in words]
+
+
+def test_full_disks_lose_nothing(root, tmp_path, mount):
+    mount("size=4k")  # or skip
+    words = ["--full-disks", "2", "--images", "150", "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
+    command = [sys.executable, "-m", "benchmarks.chaos", *map(str, words)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
+    assert sum(facts["full_disks"] for facts in outcomes) >= 5
+
+
+@pytest.mark.parametrize("stage", ["encode", "bank", "train", "sample", "evaluate"])
+def test_a_read_only_place_is_named(stages, stage, mount):
+    place = mount("ro,size=1m")
+    main, words = redirected(stages, stage, place)
+    with pytest.raises((ValueError, OSError), match=str(place)):
+        main(words)
+
+
+def test_a_checkpoint_folder_that_vanishes_comes_back(stages, tmp_path, monkeypatch):
+    main, words = redirected(stages, "train", tmp_path)
+    step = chaos.train.Trainer.train_step
+
+    def vanish(trainer, batch):
+        step(trainer, batch)
+        if trainer.step == 14:
+            shutil.rmtree(trainer.out / "checkpoints")
+
+    monkeypatch.setattr(chaos.train.Trainer, "train_step", vanish)
+    main(words)
+    found, expected = (
+        torch.load(folder / "run" / "checkpoints" / "0000024.pt", weights_only=True)["ema"]
+        for folder in (tmp_path, stages / "train")
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_goes_on_elsewhere(stages, tmp_path):
+    """The folder of a run may be moved to another disk."""
+    main, words = redirected(stages, "train", tmp_path)
+    shutil.copytree(stages / "train" / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "0000024.pt").unlink()
+    main(words)
+    logs = [
+        [json.loads(line).get("loss") for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, stages / "train")
+    ]
+    assert logs[0] == logs[1]
+    assert np.isfinite([loss for loss in logs[0] if loss is not None]).all()
