@@ -19,6 +19,7 @@ from memory.files import reading, sha256, weights_folder
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
+DECODED_PIXELS_GPU = 2**20  # and on a GPU these, so that cards of 16 GB suffice
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # the two files of diffusers' folder format
 
 
@@ -149,8 +150,10 @@ class VAECodec:
         latents = latents.to(self.device, torch.float32)
         latents = latents / channelwise(self.scale, latents) + channelwise(self.shift, latents)  # (B, C, h, w)
         latents = latents.to(self.dtype, memory_format=self.memory_format)
-        parts = math.ceil(latents[:, 0].numel() * self.downsampling**2 / DECODED_PIXELS)  # of one size, to compile once
-        return torch.cat([self.vae.decode(part).sample.float() for part in latents.chunk(parts)]).clamp(-1, 1)
+        limit = DECODED_PIXELS_GPU if self.device.type == "cuda" else DECODED_PIXELS
+        pixels = latents[:, 0].numel() * self.downsampling**2
+        parts = latents.chunk(math.ceil(pixels / limit))  # of one size, to compile once
+        return torch.cat([self.vae.decode(part).sample.float() for part in parts]).clamp(-1, 1)  # (B, c, H, W)
 
     def compile_decoder(self) -> None:
         self.vae.decoder.compile(dynamic=False)
