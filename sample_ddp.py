@@ -54,7 +54,7 @@ from samplers import (
 )
 
 BATCH_SIZE = {"cuda": 256, "cpu": 64}
-COMPILE_FROM = 500  # images of a process from which on compiling is repaid
+COMPILE_FROM, COMPILE_DECODER_FROM = 256, 5_000  # images of a process from which on compiling is repaid
 
 # How images (B,) get their labels.
 label_rules: dict[str, Callable[[int, Tensor, int], Tensor]] = {
@@ -81,7 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-images", type=int, default=50_000, help="N")
     batches = f"images at once in each process; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU"
     add("--batch-size", type=int, help=batches)
-    compiling = f"compile network and decoder; on with a GPU from {COMPILE_FROM} images a process"
+    compiling = f"compile network and decoder; without this flag the network from {COMPILE_FROM} images a process on a "
+    compiling += f"GPU, the decoder from {COMPILE_DECODER_FROM:,}"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     rules = "row of the bank by the starting noise (published) or by frequency; or a file whose entry i mod M is image "
@@ -285,15 +286,13 @@ class Generator:
         return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.no_grad()
-    def compile(self, batch_size: int) -> None:
-        """Compile all of it for batches of this size, to which smaller ones will be padded, by making one in two steps.
-
-        Batches of one size are also what keeps an image the same in all of them.
-        """
+    def compile(self, batch_size: int, decoder: bool = True) -> None:
+        """Compile for batches of this size, to which smaller ones will be padded, by making one in two steps."""
         for network in {self.model, self.guide} - {None}:
             compile_blocks(network)
             network.final_layer.compile(dynamic=False)
-        self.codec.compile_decoder()
+        if decoder:
+            self.codec.compile_decoder()
         self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size
         self.decode(self.latents(torch.arange(batch_size), steps=2))
 
@@ -354,10 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         share = max(1, -(-len(left) // state.num_processes))  # images of each process
         batch_size = min(args.batch_size, share)  # a short run is shared too
-        pays = torch.cuda.is_available() and share >= COMPILE_FROM
+        paid = share if args.compile is None and torch.cuda.is_available() else 0
         with fitting(batch_size):
-            if args.compile or (args.compile is None and pays):
-                generator.compile(batch_size)
+            if args.compile or paid >= COMPILE_FROM:
+                generator.compile(batch_size, decoder=args.compile or paid >= COMPILE_DECODER_FROM)
             start = time.perf_counter()
             generate(generator, output, left, batch_size, state.process_index, state.num_processes)
         if state.is_main_process:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -262,12 +262,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, args.work or Path(folder))
-    write_json(args.out, {**provenance(argv), **result})
+        for result in measure(args, args.work or Path(folder)):
+            write_json(args.out, {**provenance(argv), **result})
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict:
-    """All tables; each is printed as it is ready."""
+def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
+    """All tables, printed and yielded as they grow."""
     work.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # empty, and of all processes here
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,6 +277,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         result["commands"] = [time_command(work, checkpoint, args, first) for first in (True, False)]
         columns = {"run": "", "images": "", "evaluations": "", "startup_seconds": ".1f", "images_per_second": ".2f"}
         show(result["commands"], columns | {"first_images_seconds": ".1f", "peak_gb": ".1f"})
+        yield result
     if args.memory_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * 2**30 / total))
@@ -303,6 +304,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
             row["share_of_ceiling"] = row["tflops"] / result["ceiling_tflops"]
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
+        yield result
     if args.reference:
         result["reference"] = reference(plain, args.few, work)
         print(json.dumps(result["reference"]))
@@ -311,7 +313,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     show(result["rows"], columns | {"compile_seconds": ".1f"})
     for group, milliseconds in result.get("profile", {}).get("ms", {}).items():
         print(f"{milliseconds:9.2f} ms  {group}")
-    return result
+    yield result
 
 
 if __name__ == "__main__":

@@ -43,9 +43,12 @@ def fuse_gelu(network: SiT) -> None:
 
 
 def gelu_is_tanh(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product's own GELU is the tanh form, as cuBLAS's is, and not the erf form, as on a CPU."""
-    points = torch.linspace(-4, 4, 64, device=device).to(dtype)
-    identity = torch.eye(64, device=device, dtype=dtype)
+    """Whether a product's own GELU is the tanh form, as cuBLAS's is, and not the erf form, as on a CPU.
+
+    The two differ by up to 5e-4, and cuBLAS's tanh is an approximate one: the nearer form on many points is meant.
+    """
+    points = torch.linspace(-4, -1, 256, device=device).to(dtype)
+    identity = torch.eye(256, device=device, dtype=dtype)
     values = torch._addmm_activation(torch.zeros_like(points), points.diag(), identity, use_gelu=True).diagonal()
-    expected = F.gelu(points.double(), approximate="tanh")
-    return torch.allclose(values.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    errors = {form: values.double() - F.gelu(points.double(), approximate=form) for form in ("tanh", "none")}
+    return bool(errors["tanh"].norm() < errors["none"].norm()) and bool(errors["tanh"].abs().max() < 2e-3)

@@ -69,12 +69,32 @@ def test_gelu_inside_the_product_is_used_only_where_it_is_the_tanh_form(monkeypa
     assert gelu_is_tanh("cpu", torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_approximate_tanh_is_told_from_erf(monkeypatch, dtype):
+    exact = torch._addmm_activation
+    assert not gelu_is_tanh("cpu", dtype)
+
+    def approximate(bias, rows, weight, use_gelu):
+        hidden = torch.addmm(bias, rows, weight).double()
+        angle = (2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)
+        rough = angle.tanh() * (1 + 2**-12 * (40 * hidden).sin())  # relative error of a GPU's tanh instruction
+        return (0.5 * hidden * (1 + rough)).to(dtype)
+
+    monkeypatch.setattr(torch, "_addmm_activation", approximate)
+    assert gelu_is_tanh("cpu", dtype)
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *a, use_gelu: exact(*a, use_gelu=use_gelu) + 0.01)
+    assert not gelu_is_tanh("cpu", dtype)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_gelu_inside_the_product_on_a_gpu():
-    x, t = (tensor.cuda() for tensor in inputs())
+    x, t, snippets = *(tensor.cuda() for tensor in inputs()), CONDS["snippet"].cuda()
     plain, fused = network().cuda(), network().cuda()
+    exact = plain(x, t, snippets)
+    round_weights(fused)
     fuse_gelu(fused)
     assert isinstance(fused.blocks[5].mlp.fc1, LinearGELU)
-    snippets = CONDS["snippet"].cuda()
-    torch.testing.assert_close(fused(x, t, snippets), plain(x, t, snippets), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        errors = [(made(x, t, snippets) - exact).norm() for made in (fused, plain)]
+    assert errors[0] < 1.25 * errors[1]
