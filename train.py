@@ -37,13 +37,14 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import StepSampler, rows_of_step
-from loss import FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
+from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.files import atomic, check_folder, free_space, read_json, write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.kernels import compile_blocks, fast_attention
+from models.replay import Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
@@ -108,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks; on with a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay; on with a GPU")
     add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
     args = parser.parse_args(argv)
 
@@ -354,11 +355,19 @@ class Trainer:
         self.accelerator.print(f"continuing from {path} at step {self.step:,}")
 
     def prepare(self) -> None:
-        """Compile the blocks and wrap the network for mixed precision and several processes."""
+        """Compile the blocks, wrap the network for mixed precision and several processes, and let steps be replayed."""
+        replay = self.args.compile and self.device.type == "cuda"
+        if (
+            replay
+        ):  # a recording is made on the stream that DDP and all steps before it use, which must not be the first
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.set_stream(stream)
         if self.args.compile:
             compile_blocks(self.network)
             compile_blocks(self.ema)
         self.model = self.accelerator.prepare_model(self.network)
+        self.run_micro_step = Replay(self.micro_step) if replay else self.micro_step
 
     def batches(self) -> Iterator[dict]:
         """This process's rows of each remaining step."""
@@ -385,17 +394,27 @@ class Trainer:
         draws = draws[self.rows]
         latents, cond = self.data.latents(batch, draws.posterior), self.data.cond(batch)
         targets = self.data.align_targets(batch)
-        sums = []
+        sums = torch.zeros(3, device=self.device)
         for micro, start in enumerate(range(0, self.local_batch, self.micro_batch)):
             rows = slice(start, start + self.micro_batch)
             torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index, micro, DROPOUT_STREAM))
-            last = start + self.micro_batch == self.local_batch
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.loss(self.model, latents[rows], take(cond, rows), draws[rows], [t[rows] for t in targets])
-                self.accelerator.backward(losses.total.sum() / self.local_batch)  # processes are averaged
-            align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
-            sums.append(torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()]))
-        return torch.stack(sums).sum(0)
+            ends = start == 0, start + self.micro_batch == self.local_batch
+            inputs = latents[rows], take(cond, rows), draws[rows], [target[rows] for target in targets]
+            sums += self.run_micro_step(*ends, *inputs)
+        return sums
+
+    def micro_step(self, first: bool, last: bool, latents: Tensor, cond: object, draws: Draws, targets: list) -> Tensor:
+        """Add a micro-batch's gradients to those before it, if not `first`; sums (3,) of its losses.
+
+        After the `last` the gradients are averaged over the processes.
+        """
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            losses = self.loss(self.model, latents, cond, draws, targets)
+            self.accelerator.backward(losses.total.sum() / self.local_batch)
+        align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
+        return torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()])
 
     def train_step(self, batch: dict) -> None:
         """One optimiser step on the global batch of `self.step`; the host never waits for the device."""

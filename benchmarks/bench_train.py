@@ -1,7 +1,7 @@
 """How fast train.py trains: images/s, TFLOP/s, share of the matrix-product ceiling and memory, on random data.
 
     python -m benchmarks.bench_train --reference --profile --out benchmarks/results/train.json
-    python -m benchmarks.bench_train --memory --out benchmarks/results/train-memory.json
+    python -m benchmarks.bench_train --memory --batches 16 32 --out benchmarks/results/train-memory.json
     torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --out benchmarks/results/train-ddp.json
 
 The steps are `train.Trainer`'s own, on a random store and bank. Before anything is timed, the loss and the gradients of
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import os
 import platform
@@ -39,12 +40,11 @@ from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.pairs import Pairs
 from models.kernels import fast_attention
+from models.replay import WARM_STEPS
 from models.sit import SiT_models
 
-LATENT, SNIPPET_DIM, IMAGES, SNIPPETS = (4, 32, 32), 768, 4096, 1024
-CHECKED = 32  # images of the step that is compared with float32
+LATENT, SNIPPET_DIM, SNIPPETS = (4, 32, 32), 768, 1024
 LIMIT = 22 * 2**30  # bytes that --memory leaves to a run: a card of 24 GB
-SMALL_CARD = (("SiT-S/2", 256), ("SiT-B/2", 128), ("SiT-L/2", 32), ("SiT-XL/2", 16), ("SiT-XL/2", 32))
 GROUPS = {  # kinds of kernels, by words in their names; the first that matches counts
     "communication": ("nccl",),
     "attention": ("flash", "sdpa", "fmha", "attention"),
@@ -55,11 +55,11 @@ GROUPS = {  # kinds of kernels, by words in their names; the first that matches 
 }
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, images: int) -> None:
     """A store of random moments and features, and a random bank that was assigned to it."""
     shape = [2 * LATENT[0], *LATENT[1:]]
     codec = {"name": "random", "scale": 0.18215, "shift": 0.0, "latent_shape": list(LATENT), "moments_shape": shape}
-    meta = {"format": FORMAT, "num_images": IMAGES, "num_views": 1, "views": ["original"], "image_size": 256}
+    meta = {"format": FORMAT, "num_images": images, "num_views": 1, "views": ["original"], "image_size": 256}
     meta |= {"codec": codec | {"dtype": "float16", "image_channels": 3, "sha256": None}, "image_channels": 3}
     meta |= {"encoders": {"random": {"dim": SNIPPET_DIM}}, "patches": {}, "has_images": False, "num_classes": 1000}
     random = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def make_data(folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / file, random.random(shape, np.float32).astype(dtype))
     write_json(folder / META, meta | {"fingerprint": "random", "complete": True})
-    assignment = torch.from_numpy(random.integers(0, SNIPPETS, (IMAGES, 1)))
+    assignment = torch.from_numpy(random.integers(0, SNIPPETS, (images, 1)))
     snippets = torch.randn(SNIPPETS, SNIPPET_DIM, generator=torch.Generator().manual_seed(0))
     facts = {"encoder": "random", "store_fingerprint": "random"}
     MemoryBank(snippets, [1] * SNIPPETS, assignment, facts).save(folder / "bank" / "bank.pth")
@@ -123,7 +123,7 @@ def ceiling(device: torch.device) -> float:
 def training_flops(network: nn.Module, device: torch.device) -> int:
     """Operations of a training step for one image: a forward pass, and twice as many backward."""
     x, t, snippet = (torch.rand(1, *shape, device=device) for shape in (LATENT, (), (SNIPPET_DIM,)))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         network(x, t, snippet)
     return 3 * counter.get_total_flops()
 
@@ -136,7 +136,7 @@ def difference(given: list[Tensor], expected: list[Tensor]) -> float:
 
 def check(trainer: train.Trainer, plain: nn.Module) -> dict[str, float]:
     """Relative errors of one step's loss and gradients, of train.py's path and of the plain one in the same precision,
-    against the plain network in float32 without tf32.
+    against the plain network in float32 without tf32, at the first of --batches.
 
     Raises:
         AssertionError: train.py's path is further from float32 than the plain path by more than a quarter.
@@ -144,23 +144,23 @@ def check(trainer: train.Trainer, plain: nn.Module) -> dict[str, float]:
     fast, batch = trainer.model, next(trainer.batches())
     precision = torch.bfloat16 if trainer.args.precision == "bf16" else None
 
-    def step(model: nn.Module, network: nn.Module, context: contextlib.AbstractContextManager) -> tuple[float, list]:
+    def step(model: nn.Module, network: nn.Module, calls: int = 1) -> tuple[float, list]:
         trainer.model = model
-        with context:
-            loss = float(trainer.accumulate(batch)[0])
-        gradients = [parameter.grad for parameter in network.parameters() if parameter.requires_grad]
         network.zero_grad(set_to_none=True)
-        return loss, gradients
+        for _ in range(calls):
+            loss = float(trainer.accumulate(batch)[0])
+        return loss, [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
 
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        loss, gradients = step(plain, plain, contextlib.nullcontext())
+        loss, gradients = step(plain, plain)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    autocast = torch.autocast(trainer.device.type, precision, enabled=precision is not None)
-    paths = {"plain": step(plain, plain, autocast)}
+    with torch.autocast(trainer.device.type, precision, enabled=precision is not None):
+        paths = {"plain": step(plain, plain)}
+    plain.zero_grad(set_to_none=True)
     with fast_attention(trainer.device):
-        paths["train.py"] = step(fast, trainer.network, contextlib.nullcontext())
+        paths["train.py"] = step(fast, trainer.network, warm_steps(trainer))
     trainer.model, errors = fast, {}
     for name, (its_loss, its_gradients) in paths.items():
         errors[f"loss, {name}"] = abs(its_loss - loss) / loss
@@ -179,12 +179,18 @@ def timed(trainer: train.Trainer, batch: int, steps: int) -> dict:
     trainer.train_step(next(batches))
     synchronize()
     first = time.perf_counter() - begin
-    trainer.train_step(next(batches))
+    for _ in range(warm_steps(trainer)):
+        trainer.train_step(next(batches))
     with no_waiting(trainer.device):
         trainer.train_step(next(batches))
     seconds = seconds_a_step(lambda: trainer.train_step(next(batches)), steps)
     trainer.check_finite()
     return {"seconds_a_step": seconds, "first_step_seconds": first, **memory()}
+
+
+def warm_steps(trainer: train.Trainer) -> int:
+    """Steps until the trainer runs as it will go on to."""
+    return WARM_STEPS + 1 if trainer.args.compile and trainer.device.type == "cuda" else 1
 
 
 @contextlib.contextmanager
@@ -252,7 +258,8 @@ def where_time_goes(trainer: train.Trainer, batch: int) -> dict:
             trainer.train_step(next(batches))
         synchronize()
     wall = (time.perf_counter() - begin) / steps * 1e3
-    kernels = [event for event in record.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = (event for event in record.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = [event for event in events if "#" not in event.key]  # that marks a range of kernels
     groups, largest = dict.fromkeys(GROUPS, 0.0), []
     for event in kernels:
         name, milliseconds = event.key, event.self_device_time_total / 1e3 / steps
@@ -263,26 +270,26 @@ def where_time_goes(trainer: train.Trainer, batch: int) -> dict:
     return {"batch": batch, "ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
 
 
-def small_cards(folder: Path, steps: int) -> list[dict]:
-    """Peak memory and speed of presets and micro-batches within 22 GiB, accumulated to 256 images."""
+def small_cards(folder: Path, model: str, batches: list[int], steps: int) -> list[dict]:
+    """Peak memory and speed of micro-batches within 22 GiB, accumulated to 256 images."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT / total))
     rows = []
-    for model, micro in SMALL_CARD:
-        for more in ([], ["--checkpoint-activations"]):
-            row = {"model": model, "micro_batch": micro, "checkpoint_activations": bool(more)}
+    for micro, more in itertools.product(batches, ([], ["--checkpoint-activations"])):
+        row = {"model": model, "micro_batch": micro, "checkpoint_activations": bool(more), "images_per_second": None}
+        try:
             trainer = make_trainer(folder, model, 256, ["--micro-batch", str(micro), *more])
             trainer.prepare()
-            try:
+            with fast_attention(trainer.device):
                 row |= timed(trainer, 256, steps)
-                row["images_per_second"] = 256 / row["seconds_a_step"]
-            except torch.OutOfMemoryError:
-                row["images_per_second"] = None
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            row["images_per_second"] = 256 / row["seconds_a_step"]
+        except torch.OutOfMemoryError:
+            print(f"{micro} images do not fit")
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        trainer = None
+        gc.collect()
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -301,10 +308,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="SiT-XL/2", choices=SiT_models, metavar="NAME", help="a preset of models/sit.py")
     add("--batches", type=int, nargs="+", default=[32, 128], help="images a process, one row each")
+    add("--images", type=int, default=4096, help="of the random store")
     add("--steps", type=int, default=10, help="steps in each of three timed parts")
     add("--reference", action="store_true", help="also time the peers' plain recipe")
     add("--profile", action="store_true", help="also show where the time of the largest batch goes")
-    add("--memory", action="store_true", help="only the table of memory within 22 GiB, on a GPU")
+    add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of 256 images")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
     add("--out", type=Path, required=True, help="JSON file of the results")
     return parser.parse_args(argv)
@@ -313,7 +321,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder))
+        make_data(Path(folder), args.images)
         result = small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder))
     if int(os.environ.get("RANK", 0)) == 0:
         on_gpu = torch.cuda.is_available()
@@ -330,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def small_table(args: argparse.Namespace, folder: Path) -> dict:
     """The table of --memory."""
-    rows = small_cards(folder, args.steps)
+    rows = small_cards(folder, args.model, args.batches, args.steps)
     show(
         rows,
         {"model": "", "micro_batch": "", "checkpoint_activations": "", "images_per_second": ".1f", "peak_gb": ".1f"},
@@ -341,7 +349,7 @@ def small_table(args: argparse.Namespace, folder: Path) -> dict:
 def speed_table(args: argparse.Namespace, folder: Path) -> dict:
     """The table of speeds, after the comparison with float32."""
     begin = time.perf_counter()
-    trainer = make_trainer(folder, args.model, CHECKED, args.train_args)
+    trainer = make_trainer(folder, args.model, args.batches[0], args.train_args)
     device, world = trainer.device, trainer.accelerator.num_processes
     plain = copy.deepcopy(trainer.network)
     trainer.prepare()

@@ -5,13 +5,18 @@ caller's choice; both commands that run networks (train.py, sample_ddp.py) go th
 """
 
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.sit import SiT, checkpointed
+
 CUDNN_CAPABILITY = (9, 0)  # the first where cuDNN's attention is the faster one at head dimension 72: Hopper
+TRITON_CAPABILITY = (8, 0)  # the first with bf16
 
 
 def attention_backends(device: torch.device | str) -> list[SDPBackend]:
@@ -37,14 +42,45 @@ def fast_attention(device: torch.device | str) -> Iterator[None]:
         yield
 
 
-def compile_blocks(network: nn.Module, **options: object) -> None:
-    """Compile each of `network.blocks` in place, for static shapes; parameters and their names stay as they are.
+def can_fuse(device: torch.device | str) -> bool:
+    """Whether the kernels of models/fused.py run on this device: a GPU since Ampere, with Triton."""
+    device = torch.device(device)
+    found = importlib.util.find_spec("triton") is not None
+    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+
+
+def compile_blocks(network: SiT, fuse: bool | None = None, **options: object) -> None:
+    """Compile `network.blocks` in place, for static shapes; parameters and their names stay as they are.
 
     The blocks share their code, so the first call with new shapes compiles once for all of them (seconds, not the
-    minutes of a whole network). `options` go to torch.compile.
+    minutes of a whole network). With `fuse` (None: where `can_fuse`) norms, modulation and gated residuals run as the
+    kernels of models/fused.py and models/attention.py. `options` go to torch.compile.
     """
-    torch._dynamo.config.optimize_ddp = (
-        False  # it would cut each block at DDP's buckets, and blocks overlap well enough
-    )
-    for block in network.blocks:
-        block.compile(dynamic=False, **options)
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets; whole blocks overlap well enough
+    if can_fuse(network.pos_embed.device) if fuse is None else fuse:
+        from models.fused import finish, run_block  # here, because Triton is not everywhere
+
+        packed = SDPBackend.CUDNN_ATTENTION in attention_backends(network.pos_embed.device)
+        run, end = (torch.compile(function, dynamic=False, **options) for function in (run_block, finish))
+        network.velocity = partial(fused_velocity, network, partial(run, packed), end)
+        return
+    for part in (*network.blocks, network.final_layer):
+        part.compile(dynamic=False, **options)
+
+
+def fused_velocity(
+    network: SiT, run_block: Callable, finish: Callable, x: Tensor, c: Tensor, return_tokens: bool = False
+) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """`SiT.velocity`, with each residual added by the kernel that normalises it for the next branch."""
+    tokens = []
+    branch = network.x_embedder(x).contiguous()  # (B, T, D); the patches are the branch that joins the positions
+    x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
+    if torch.is_grad_enabled():  # of no use, but so the first block needs no other graph than the next ones
+        x.requires_grad_(), gate.requires_grad_()
+    run = partial(checkpointed, run_block) if network.checkpoint_activations else run_block
+    for depth, block in enumerate(network.blocks, start=1):
+        x, branch, gate = run(block, x, branch, gate, c)  # (B, T, D), (B, T, D), (B, D)
+        if return_tokens and depth == network.align_depth:
+            tokens = [head(x + gate[:, None] * branch) for head in network.projectors]  # (B, T, F) each
+    velocity = network.unpatchify(finish(network.final_layer, x, branch, gate, c))  # (B, C, H, W)
+    return (velocity, tokens) if return_tokens else velocity

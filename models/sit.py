@@ -361,7 +361,7 @@ class SiT(nn.Module):
         """`forward` from c (B, D) on, the embedding of time and condition; the latter lasts a whole trajectory."""
         tokens = []
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        run = forget_inside if self.checkpoint_activations else nn.Module.__call__
+        run = checkpointed if self.checkpoint_activations else nn.Module.__call__
         for depth, block in enumerate(self.blocks, start=1):
             x = run(block, x, c)  # (B, T, D)
             if return_tokens and depth == self.align_depth:
@@ -370,9 +370,9 @@ class SiT(nn.Module):
         return (velocity, tokens) if return_tokens else velocity
 
 
-def forget_inside(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-    """`block(x, c)` whose activations are computed again in the backward pass (Chen et al., arXiv 1604.06174)."""
-    return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # a block draws no random numbers
+def checkpointed(part: Callable, *inputs: object) -> object:
+    """`part(*inputs)` whose activations are computed again in the backward pass (Chen et al., arXiv 1604.06174)."""
+    return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
 
 
 def alignment_head(width: int, dim: int) -> nn.Sequential:

@@ -31,14 +31,13 @@ class Update:
 
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
-        """Move weights and average by the gradients of step `step`, and drop these; their norm before clipping, ()."""
+        """Move weights and average by the gradients of step `step`; the norm of these before clipping, ()."""
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
         if norm.is_cuda:
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)  # the kernel divides by it
         else:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return norm

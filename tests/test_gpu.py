@@ -10,6 +10,7 @@ from test_train import command, final, folder, log, write_bank, write_store  # n
 
 import sample_ddp
 import train
+from models import replay
 
 pytestmark = pytest.mark.gpu
 
@@ -68,3 +69,18 @@ def test_the_cpu_samples_the_same_images(folder, monkeypatch):  # noqa: F811
     assert np.abs(half - on_cpu).mean() < 1.25 * np.abs(plain_half - on_cpu).mean() + 0.1
     assert gpu_facts["device"] != cpu_facts["device"]
     assert compiled_facts["compiled"]
+
+
+def test_replayed_steps_train_as_those_that_are_not(folder, monkeypatch):  # noqa: F811
+    """With dropout, two micro-batches a step, and a shape of its own for the held-out loss in between."""
+    for name, warm in (("launched", 1000), ("replayed", 2)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(replay, "WARM_STEPS", warm)
+        words = ("--steps", 6, "--micro-batch", 4, "--precision", "fp32", "--resident")
+        train.main(command(folder, folder / name, *words))
+    for a, b in zip(log(folder / "launched"), log(folder / "replayed"), strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "holdout_loss"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    one, two = (final(folder / name)["ema"] for name in ("launched", "replayed"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)

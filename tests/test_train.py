@@ -16,9 +16,12 @@ from PIL import Image
 
 import train
 from dataset import LatentDataset, rows_of_step, views_of_step
+from loss import Draws
 from memory import pairs
 from memory.bank import MemoryBank
 from memory.files import write_json
+from memory.resident import ResidentDataset
+from models import replay, sit
 from models.checkpoint import load_model
 
 ROOT = train.Path(train.__file__).parent
@@ -381,6 +384,40 @@ def test_stage_reads_a_copy(folder, whole):
     train.main(command(folder, folder / "staged", "--steps", 6, "--stage", folder / "fast"))
     assert (folder / "fast" / "store" / "latents.npy").exists()
     assert_same(final(whole)["ema"], final(folder / "staged")["ema"])
+
+
+@pytest.mark.parametrize("source", ["nearest", "own"])
+def test_a_resident_store_gives_the_same_bits(folder, source):
+    words = ("--steps", 6, "--snippet-from", source, "--condition", "label+snippet")
+    train.main(command(folder, folder / f"loader-{source}", *words))
+    train.main(command(folder, folder / f"resident-{source}", *words, "--resident"))
+    assert_same(final(folder / f"loader-{source}")["ema"], final(folder / f"resident-{source}")["ema"])
+
+
+def test_checkpointed_activations_give_the_same_bits(folder, whole, monkeypatch):
+    calls, checkpoint = [], sit.checkpoint
+    monkeypatch.setattr(sit, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
+    train.main(command(folder, folder / "checkpointed", "--steps", 6, "--checkpoint-activations"))
+    assert len(calls) >= 6 * 6  # steps, blocks
+    assert_same(final(whole)["ema"], final(folder / "checkpointed")["ema"])
+
+
+def test_a_store_too_large_for_the_gpu_is_not_resident(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    with pytest.raises(ValueError, match=r"--resident: the store .*store takes 0.0 GB .* leave --resident out"):
+        ResidentDataset(LatentDataset(folder / "store"), torch.device("cuda"))
+
+
+def test_replayed_inputs_keep_their_structure():
+    draws = Draws(*(torch.rand(2) for _ in range(4)))
+    inputs = (torch.rand(3), None, draws, (torch.rand(1), torch.rand(2)), [])
+    copies = replay.clone(inputs)
+    assert type(copies[2]) is Draws
+    assert copies[1] is None
+    assert len(replay.leaves(inputs)) == 7
+    for given, copied in zip(replay.leaves(inputs), replay.leaves(copies), strict=True):
+        assert torch.equal(given, copied)
+        assert given.data_ptr() != copied.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""The benchmark of training runs on a CPU: it times train.py's own steps, after a comparison with float32."""
+
+import json
+
+from benchmarks import bench_train
+
+
+def test_it_writes_what_it_measured(tmp_path, capsys):
+    out = tmp_path / "train.json"
+    words = [
+        "--model",
+        "SiT-Ti/2",
+        "--batches",
+        2,
+        "--steps",
+        1,
+        "--images",
+        64,
+        "--reference",
+        "--profile",
+        "--out",
+        out,
+    ]
+    bench_train.main(list(map(str, words)))
+    result = json.loads(out.read_text())
+    assert [row["what"] for row in result["rows"]] == ["train.py", "peers' recipe"]
+    assert all(row["images_per_second"] > 0 for row in result["rows"])
+    assert result["errors against float32"]["gradients, train.py"] < 1e-5
+    assert result["ceiling_tflops"] > 0
+    assert result["operations_an_image"] == 3 * 2 * counted_macs()
+    assert {"device", "versions", "command", "date"} <= result.keys()
+    assert "images_per_second" in capsys.readouterr().out
+
+
+def counted_macs():
+    """Products of SiT-Ti/2 on a 4×32×32 latent: 6 blocks of width 192, 256 tokens, patches of 2×2×4 numbers."""
+    width, tokens, patch = 192, 256, 16
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
+    ends = 2 * tokens * patch * width + 2 * width**2 + 256 * width + width**2 + 768 * width
+    return 6 * block + ends

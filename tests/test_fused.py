@@ -1,0 +1,155 @@
+"""The Triton kernels equal plain arithmetic: interpreted on a CPU, and compiled inside a network on a GPU."""
+
+import copy
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
+from models import kernels
+from models.sit import SiT_models
+
+pytest.importorskip("triton")
+from models import fused
+
+EPS = 1e-6
+
+
+def relative(given, expected):
+    return ((given.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def plain_join(x, branch, gate, shift, scale):
+    total = x + gate[:, None] * branch
+    return total, F.layer_norm(total, total.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def check_join(device, tokens, width, dtype, tolerance):
+    torch.manual_seed(0)
+    x, modulation = torch.randn(3, tokens, width, device=device), torch.randn(3, 6 * width, device=device).to(dtype)
+    branch = torch.randn(3, tokens, width, device=device).to(dtype)
+    weights = torch.randn(2, 3, tokens, width, device=device)
+    results = []
+    for join, wide in ((lambda *inputs: fused.join(*inputs, EPS), False), (plain_join, True)):
+        inputs = [tensor.double() if wide else tensor for tensor in (x, branch, modulation)]
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        total, normed = join(*inputs[:2], *inputs[2].chunk(6, 1)[1:4])  # gate, shift, scale: rows that are not packed
+        (total * weights[0]).sum().add((normed * weights[1]).sum()).backward()
+        results.append([total, normed, *(tensor.grad for tensor in inputs)])
+    for given, expected in zip(*results, strict=True):
+        assert relative(given, expected) < tolerance
+
+
+def check_attention(device, tokens, heads, size, dtype, tolerance):
+    torch.manual_seed(0)
+    width = heads * size
+    qkv, d_out = torch.randn(1, tokens, 3 * width, device=device), torch.randn(1, tokens, width, device=device)
+    wide = qkv.to(dtype).double().requires_grad_()
+    q, k, v = wide.unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)  # (1, heads, tokens, size) each
+    scores = q @ k.transpose(-1, -2) / size**0.5
+    out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    out.backward(d_out.to(dtype).double())
+    lse = scores.logsumexp(-1, keepdim=True).float()
+    given = [tensor.detach().to(dtype) for tensor in (d_out, qkv, out)]
+    gradient = torch.ops.gmem.attention_backward(*given, lse.detach(), heads)
+    for part, expected in zip(gradient.chunk(3, -1), wide.grad.chunk(3, -1), strict=True):
+        assert relative(part, expected) < tolerance
+
+
+def interpreted_kernels():
+    check_join("cpu", tokens=4, width=24, dtype=torch.float32, tolerance=1e-6)
+    for tokens, size in ((256, 72), (64, 64)):
+        check_attention("cpu", tokens, heads=1, size=size, dtype=torch.float32, tolerance=1e-6)
+
+
+def test_the_kernels_as_interpreted(root):
+    """In a process of its own, because Triton reads the variable when it is imported."""
+    words = [sys.executable, __file__]
+    subprocess.run(words, check=True, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.gpu
+def test_the_kernels_on_a_gpu():
+    check_join("cuda", tokens=64, width=1152, dtype=torch.bfloat16, tolerance=3e-3)
+    for tokens, heads, size in ((256, 16, 72), (128, 4, 64)):
+        check_attention("cuda", tokens, heads, size, torch.bfloat16, tolerance=3e-3)
+
+
+def make_network(input_size):
+    torch.manual_seed(0)
+    network = SiT_models["SiT-S/2"](input_size=input_size, snippet_dim=16, align_dims=(5,), align_depth=2)
+    modulations = [part.adaLN_modulation[1] for part in (*network.blocks, network.final_layer)]
+    for layer in (*modulations, network.final_layer.linear):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    return network.eval()
+
+
+def outputs_and_gradients(network, device):
+    torch.manual_seed(1)
+    x, t, snippets = torch.randn(2, *network.latent_shape), torch.rand(2), torch.randn(2, 16)
+    network.zero_grad()
+    velocity, (tokens,) = network(*(tensor.to(device) for tensor in (x, t, snippets)), return_tokens=True)
+    (velocity.float() * x.to(device)).mean().add(tokens.float().square().mean()).backward()
+    return [velocity, tokens, *(parameter.grad for parameter in network.parameters() if parameter.requires_grad)]
+
+
+def worst(given, expected):
+    """The largest relative error; of gradients together, because a tiny one's own error says little."""
+    return max(relative(torch.cat([g.flatten() for g in a]), torch.cat([e.flatten() for e in b])) for a, b in (
+        (given[:1], expected[:1]), (given[1:2], expected[1:2]), (given[2:], expected[2:])
+    ))  # fmt: skip
+
+
+def interpreted_network():
+    network = make_network(8)
+    network.blocks = network.blocks[:3]
+    given = copy.deepcopy(network)
+    given.velocity = lambda *inputs: kernels.fused_velocity(
+        given, partial(fused.run_block, False), fused.finish, *inputs
+    )
+    expected = outputs_and_gradients(network, "cpu")
+    for checkpoint in (False, True):
+        given.checkpoint_activations = checkpoint
+        assert worst(outputs_and_gradients(given, "cpu"), expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fused", "checkpointed", "without triton", "without cudnn"])
+def test_a_compiled_network_is_as_close_to_float32_as_the_plain_one(kind, monkeypatch):
+    torch._dynamo.reset()
+    network = make_network(16).cuda()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = outputs_and_gradients(network, "cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = worst(outputs_and_gradients(network, "cuda"), expected)
+    if kind == "without cudnn":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    given = copy.deepcopy(network)
+    given.checkpoint_activations = kind == "checkpointed"
+    kernels.compile_blocks(given, fuse=False if kind == "without triton" else None)
+    with torch.autocast("cuda", torch.bfloat16), kernels.fast_attention("cuda"):
+        assert worst(outputs_and_gradients(given, "cuda"), expected) < 1.25 * plain < 0.05
+
+
+def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
+    names = [backend.name.split("_")[0] for backend in kernels.attention_backends("cpu")]
+    assert names == ["FLASH", "EFFICIENT", "MATH"]
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for capability, first in (((9, 0), "CUDNN"), ((8, 9), "FLASH")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert kernels.attention_backends("cuda")[0].name.startswith(first)
+        assert kernels.can_fuse("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernels.can_fuse("cuda")
+    assert not kernels.can_fuse("cpu")
+
+
+if __name__ == "__main__":
+    interpreted_kernels()
+    interpreted_network()
