@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
 from memory.files import atomic, check_folder, read_json, remove_stale, sha256
-from memory.kmeans import Shards, cosines, kmeans, normalised, refuse, undirected
+from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
 
 FORMAT = 1  # of bank.json
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
         return
     remove_stale(args.out)
-    say(requirements(args.out, settings, len(store), store.num_views, state.num_processes))
+    say(requirements(args.out, settings, len(store), store.num_views, state))
     for part in filter(None, (store, holdout)):
         check_features(part, state)
 
@@ -157,11 +157,13 @@ def is_complete(out: Path, settings: dict) -> bool:
     return True
 
 
-def requirements(out: Path, settings: dict, images: int, views: int, processes: int) -> str:
+def requirements(out: Path, settings: dict, images: int, views: int, state: PartialState) -> str:
     """A line on the disk and memory that the bank will take; ValueError if the disk has less."""
     k, dim = settings["k"], settings["dim"]
     disk = 4 * k * dim + 4 * images * views + 10 * k
-    memory = 6 * dim * -(-images // processes) + 16 * k * dim  # float16 and float32 features, see memory/kmeans.py
+    processes = state.num_processes
+    copies = 10 if fused(state.device) else 6  # bytes: features in float16 and float32, and what memory/fused.py keeps
+    memory = copies * dim * -(-images // processes) + 16 * k * dim  # see memory/kmeans.py
     existing = next(parent for parent in [out.resolve(), *out.resolve().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < disk:

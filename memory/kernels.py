@@ -6,6 +6,8 @@ scores of the four best tiles, which costs one comparison a score; `candidates` 
 matter. Matrices are float16 and contiguous, their width a multiple of 64 (`fused.halves`), sums are float32.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 PAIRS = 64  # rows × one tile of a program of `candidates`
 WAVES = 8  # programs a multiprocessor: fewer leave some idle at the end
-WINDOW = (
-    12 * 2**20
-)  # bytes of columns that all rows pass before the next: with the rows in work they fit in the L2 cache
+WINDOW = 12 * 2**20  # bytes of columns that all rows pass before the next ones: they and the rows at work fit the L2
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Shape:
 
 
 WIDE = Shape(rows=128, columns=256, depth=64, stages=4, warps=8)  # 192 KB of shared memory: Hopper
-GLUON = [(3, 6), (3, 7), (3, 8)]  # releases of Triton that memory/hopper.py was compiled with
 SMALL = Shape(rows=128, columns=128, depth=32, stages=4, warps=8)  # 64 KB
+GLUON = [(3, 6), (3, 7), (3, 8)]  # releases of Triton that memory/hopper.py was compiled with
 
 
 def hopper(device: torch.device) -> bool:
@@ -44,11 +44,23 @@ def hopper(device: torch.device) -> bool:
 
 def shape_for(device: torch.device) -> Shape:
     """The tile shape that a device's shared memory holds."""
-    if device.type == "cpu":  # Triton's interpreter, for tests
+    if device.type == "cpu":  # Triton's interpreter
         return SMALL
     return WIDE if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024 else SMALL
 
 
+def _on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the one of the first argument."""
+
+    @functools.wraps(launch)
+    def launched(first: torch.Tensor, *others: object) -> object:
+        with torch.cuda.device_of(first):
+            return launch(first, *others)
+
+    return launched
+
+
+@_on_its_device
 def best_tiles(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The four largest tile maxima (4, N) float32 of each row's scores, and the first three's tiles (3, N) int32.
 
@@ -97,6 +109,7 @@ def best_tiles(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor,
     return best.values, places.flatten(0, 1).gather(0, best.indices[:3].clamp(max=3 * splits - 1))
 
 
+@_on_its_device
 def candidates(
     rows: torch.Tensor, columns: torch.Tensor, row: torch.Tensor, tile: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,6 +152,7 @@ def candidates(
     return count, first, second, below
 
 
+@_on_its_device
 def cluster_sums(features: torch.Tensor, cluster: torch.Tensor, clusters: int) -> torch.Tensor:
     """Sums (K, F) float64 of the rows (N, F) float32 of each of K clusters; rows of cluster -1 (N,) are left out."""
     cluster, order = cluster.sort(stable=True)

@@ -2,12 +2,15 @@
 
 Feature rows and centroids are unit vectors whose components are rounded to multiples of 2⁻²⁴. A cosine of two such
 rows is a multiple of 2⁻⁴⁸ below 2, and a sum of rows a multiple of 2⁻²⁴ below their number: float64 holds both exactly
-for up to 2²⁹ rows, so the order of summation cannot matter. Assignments come from float32 matrix products; a row whose
-two best cosines lie closer than float32's error bound is decided again in float64. What is left, lengths and
-quotients, is computed in an order of its own (`ordered_sum`).
+for up to 2²⁹ rows, so the order of summation cannot matter. Assignments come from matrix products whose error has a
+bound; rows that it leaves in doubt are decided by exact cosines. The plain path (`assign_plain`) multiplies blocks in
+float32 and rests on IEEE arithmetic alone. On a GPU of the Hopper generation or later memory/fused.py multiplies in
+float16 without storing scores; that its labels are the same, bit for bit, rests also on how tensor cores add, as stated
+at `fused._error`. What is left, lengths and quotients, is computed in an order of its own (`ordered_sum`).
 
-Memory for N rows on this process: features in float32 (4·N·F bytes), centroids before and after an update in float32
-and their sums in float64 (16·K·F in all: 7.9 GB at K = 640,000, F = 768), and one block of scores; never N × K.
+Memory for N rows on this process: features in float32 (4·N·F bytes; 8·N·F with the float16 copies of memory/fused.py),
+centroids before and after an update in float32 and their sums in float64 (16·K·F in all: 7.9 GB at K = 640,000,
+F = 768), and one block of scores; never N × K.
 """
 
 import contextlib
