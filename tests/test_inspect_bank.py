@@ -165,6 +165,8 @@ def test_the_released_file_is_read_with_its_oddities(inspect, tmp_path):
 def test_blocks_change_nothing_and_images_are_spread(inspect, store, tmp_path, monkeypatch):
     bank = write_bank(tmp_path / "b", torch.from_numpy(features(0)[::7, 0]).float(), [1] * 86)
     whole, _ = inspect(bank)
+    right = sum(count == 1 for count in counts(torch.from_numpy(features(0)[::7, 0]).float(), store)) / 86
+    assert whole["encoders"][0]["frequencies_are_its_counts"] == pytest.approx(right) != 1
     monkeypatch.setattr(inspect_bank, "ROWS", 7)
     blocks, _ = inspect(bank)
     assert blocks["rows"] == whole["rows"]

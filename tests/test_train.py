@@ -151,6 +151,9 @@ def test_a_killed_run_repeats_its_lost_steps(folder, whole):
     train.main(command(folder, folder / "killed", "--steps", 5))
     out = folder / "killed"
     (out / "checkpoints" / "0000005.pt").unlink()  # as if killed after the line of step 4, before a checkpoint
+    config = json.loads((out / "config.json").read_text())
+    config["runs"].append(config["runs"][0] | {"from_step": 5})  # and went on from what is lost
+    (out / "config.json").write_text(json.dumps(config))
     train.main(command(folder, out, "--steps", 6))
     assert_same(final(whole)["ema"], final(out)["ema"])
     assert log(whole) == log(out)
