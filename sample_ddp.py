@@ -290,7 +290,6 @@ class Generator:
         """Compile for batches of this size, to which smaller ones will be padded, by making one in two steps."""
         for network in {self.model, self.guide} - {None}:
             compile_blocks(network)
-            network.final_layer.compile(dynamic=False)
         if decoder:
             self.codec.compile_decoder()
         self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size

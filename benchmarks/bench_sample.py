@@ -1,13 +1,13 @@
 """How fast sample_ddp.py samples: images/s of the whole command, and where time and memory go, on random weights.
 
-    python -m benchmarks.bench_sample --reference --profile --out benchmarks/results/sample.json
-    python -m benchmarks.bench_sample --num-images 0 --memory-gib 22 --batches 16 64 --out benchmarks/results/small.json
-    python -m benchmarks.bench_sample --num-images 0 --image-size 512 --batches 16 64 --out benchmarks/results/512.json
+    python -m benchmarks.bench_sample --reference --profile --memory-gib 22 --out benchmarks/results/sample.json
+    python -m benchmarks.bench_sample --num-images 0 --image-size 512 --batches 64 --out benchmarks/results/512.json
 
 Writes a checkpoint of the real shapes, its bank and a VAE of Stable Diffusion's shape. The command runs twice in fresh
-processes: first with nothing compiled before, then with the first run's cache. Start-up is everything before the first
-evaluation that counts, images/s everything after it: decoding, PNGs and the npz included. The rows by batch size are
-timed over a few evaluations of the command's own `Generator`; their images/s at 250 evaluations follow by arithmetic.
+processes: first with nothing compiled before, then with the first run's cache, in little memory if asked. Start-up is
+everything before the first evaluation that counts, images/s everything after it: decoding, PNGs and the npz included.
+The rows by batch size are timed over a few evaluations of the command's own `Generator`; their images/s at 250
+evaluations follow by arithmetic.
 Before anything is timed, velocities and images are compared with the plain path in float32 on the same device.
 """
 
@@ -42,7 +42,7 @@ from samplers import euler_maruyama_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = 250  # of the published sampler
-COMPARED, COMPARED_STEPS = 32, 20  # images, and evaluations of each, that are compared with float32
+COMPARED, COMPARED_STEPS = 32, 10  # images, and evaluations of each, that are compared with float32
 REFERENCE_BATCH = 64
 
 
@@ -83,28 +83,35 @@ def words_of(checkpoint: Path, out: Path, *more: object) -> list[str]:
     return [str(word) for word in ("--checkpoint", checkpoint, "--out", out, *more)]
 
 
-def run_command(words: list[str]) -> None:
-    """Run the command as users do."""
-    subprocess.run([sys.executable, "sample_ddp.py", *words], cwd=ROOT, check=True)
+def run_command(words: list[str], memory_gib: float | None) -> bool:
+    """Run the command as users do, with the GPU's memory limited where asked for; returns whether it succeeded."""
+    program = ["sample_ddp.py"]
+    if memory_gib:
+        share = memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        limit = f"import sys, torch; torch.cuda.set_per_process_memory_fraction({share}, 0)"
+        program = ["-c", f"{limit}; import sample_ddp; sample_ddp.main(sys.argv[1:])"]
+    return subprocess.run([sys.executable, *program, *words], cwd=ROOT).returncode == 0
 
 
 def time_command(work: Path, checkpoint: Path, args: argparse.Namespace, first: bool) -> dict:
-    """Start-up, and images/s after it, of one run of the command; the second run makes one batch in two evaluations."""
-    batch, name = args.batches[0], "first" if first else "second"
+    """Start-up, and images/s after it, of one run of the command; the second makes one batch in two evaluations, within
+    the limit of memory."""
+    batch, name, limit = args.batches[0], "first" if first else "second", None if first else args.memory_gib
     count, steps = (args.num_images, args.steps) if first else (min(batch, args.num_images), 2)
     words = words_of(checkpoint, work / name, "--num-images", count, "--steps", steps, "--batch-size", batch)
     begin = time.perf_counter()
-    run_command([*words, *compiling(args)])
+    succeeded = run_command([*words, *compiling(args)], limit)
     wall = time.perf_counter() - begin
+    row = {"run": name, "images": count, "batch": batch, "evaluations": steps, "memory_gib": limit}
+    if not succeeded:
+        return row
     run = json.loads((work / name / "samples.json").read_text())["run"]
     seconds = run["generated"] / run["images_per_second"]
-    row = {"run": name, "images": count, "batch": batch, "evaluations": steps, "startup_seconds": wall - seconds}
+    row |= {"startup_seconds": wall - seconds, "peak_gb": run["peak_bytes"]["gpu"] / 1e9}
     if first:
-        row |= {
-            "images_per_second": run["images_per_second"],
-            "first_images_seconds": wall - seconds * (1 - batch / count),
-        }
-    return row | {"peak_gb": run["peak_bytes"]["gpu"] / 1e9}
+        first_batch = wall - seconds * (1 - batch / count)
+        row |= {"images_per_second": run["images_per_second"], "first_images_seconds": first_batch}
+    return row
 
 
 def compiling(args: argparse.Namespace) -> list[str]:
@@ -252,7 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="as in sample_ddp.py")
     add("--reference", action="store_true", help="also time the peers' recipe")
     add("--profile", action="store_true", help="also show where the time of the first row goes")
-    add("--memory-gib", type=float, help="memory of the GPU that the rows may use, as on a smaller card")
+    add("--memory-gib", type=float, help="memory of the GPU for the command's second run, as on a smaller card")
     add("--small", action="store_true", help="tiny VAE, for a machine without a GPU")
     add("--work", type=Path, help="folder for what is written, kept; a temporary one otherwise")
     add("--out", type=Path, required=True, help="JSON file of the results")
@@ -272,15 +279,12 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # empty, and of all processes here
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = make_checkpoint(work, args.model, args.image_size, args.bank_rows, args.small)
-    result = {"model": args.model, "image_size": args.image_size, "memory_gib": args.memory_gib, "commands": []}
+    result = {"model": args.model, "image_size": args.image_size, "bank_rows": args.bank_rows, "commands": []}
     if args.num_images:
         result["commands"] = [time_command(work, checkpoint, args, first) for first in (True, False)]
         columns = {"run": "", "images": "", "evaluations": "", "startup_seconds": ".1f", "images_per_second": ".2f"}
         show(result["commands"], columns | {"first_images_seconds": ".1f", "peak_gb": ".1f"})
         yield result
-    if args.memory_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * 2**30 / total))
 
     def generator(*more: str) -> Generator:
         return Generator(sample_ddp.parse(words_of(checkpoint, work / "unused", *more)), device)
@@ -289,19 +293,14 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
     flops = forward_flops(plain.model)
     result |= {"operations_an_evaluation": flops, "ceiling_tflops": ceiling(device), "rows": []}
     for batch in args.batches:
-        try:
-            row = time_batch(fast, batch, args)
-        except torch.OutOfMemoryError:
-            row = {"batch": batch}
-            torch.cuda.empty_cache()
-        if "errors" not in result and len(row) > 1:
+        row = time_batch(fast, batch, args)
+        if "errors" not in result:
             result["errors"] = compare(fast, plain)
             print(json.dumps(result["errors"], indent=1), flush=True)
             if args.profile:
                 result["profile"] = where_time_goes(fast, batch, args.few)
-        if len(row) > 1:
-            row["tflops"] = row["evaluations_per_second"] * flops / 1e12
-            row["share_of_ceiling"] = row["tflops"] / result["ceiling_tflops"]
+        row["tflops"] = row["evaluations_per_second"] * flops / 1e12
+        row["share_of_ceiling"] = row["tflops"] / result["ceiling_tflops"]
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
         yield result

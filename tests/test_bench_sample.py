@@ -9,7 +9,11 @@ from benchmarks import bench_sample
 
 
 def test_every_table_at_a_tiny_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_sample, "run_command", sample_ddp.main)  # in this process, which has everything imported
+    def run_here(words, memory_gib):  # in this process, which has everything imported
+        assert memory_gib is None
+        return sample_ddp.main(words) is None
+
+    monkeypatch.setattr(bench_sample, "run_command", run_here)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
     words = ["--model", "SiT-Ti/2", "--image-size", 32, "--bank-rows", 20, "--num-images", 3, "--steps", 3, "--few", 2]
     words += ["--batches", 2, 1, "--small", "--no-compile", "--reference", "--profile", "--work", tmp_path]
