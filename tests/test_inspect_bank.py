@@ -171,9 +171,10 @@ def test_blocks_change_nothing_and_images_are_spread(inspect, store, tmp_path, m
     blocks, _ = inspect(bank)
     assert blocks["rows"] == whole["rows"]
     assert blocks["encoders"][0]["cosine"] == pytest.approx(whole["encoders"][0]["cosine"], abs=1e-6)
-    few, _ = inspect(bank, "--images", "60")
-    assert (few["encoders"][0]["images"], few["encoders"][0]["frequencies_are_its_counts"]) == (60, None)
-    assert few["encoders"][0]["exact"] == pytest.approx(sum(row * 10 % 7 == 0 for row in range(60)) / 60)
+    assert blocks["encoders"][0]["frequencies_are_its_counts"] == pytest.approx(right)
+    few, _ = inspect(bank, "--images", "85")
+    assert (few["encoders"][0]["images"], few["encoders"][0]["frequencies_are_its_counts"]) == (85, None)
+    assert few["encoders"][0]["exact"] == pytest.approx(sum(i * IMAGES // 85 % 7 == 0 for i in range(85)) / 85)
 
 
 def test_what_is_no_bank_is_named(store, tmp_path):
