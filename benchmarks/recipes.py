@@ -13,7 +13,9 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -63,7 +65,10 @@ def workers(recipe: psutil.Process, script: str) -> list[psutil.Process]:
 class Recipes:
     """Runs recipes in one environment and notes what each took."""
 
-    def __init__(self, variables: dict[str, object]):
+    def __init__(self, variables: dict[str, object], folder: Path):
+        if shutil.which("python") is None:  # where there is only python3
+            os.symlink(sys.executable, folder / "python")
+            variables = {**variables, "PATH": f"{folder}:{os.environ['PATH']}"}
         self.environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
         self.rows = []
 
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     variables = {"NPROC": args.gpus, "IMAGENET": work / "imagenet", "GMEM_WEIGHTS": weights, "SIZE": size}
     variables |= {"STORE": store, "BANK": work / "bank", "ENCODER": encoder[0], "HOLDOUT": 0.1, "K": images // 4}
     variables |= {"ENCODER_WEIGHTS": weights / "encoder.safetensors", "BATCH": batch, "MODEL": model}
-    recipes = Recipes(variables)
+    recipes = Recipes(variables, work)
     recipes.run(f"encode {images} images", "encode-imagenet.sh")
     recipes.run("bank", "build-bank-imagenet.sh")
 
