@@ -164,7 +164,6 @@ class Search:
     def _find(self, moved: torch.Tensor, still: torch.Tensor, lost: torch.Tensor) -> list[Found]:
         """Search the centroids that moved for all rows, and the others for `lost`; twins first by their sketches."""
         twin = self.cosine > TWIN
-        twin[lost] = False
         rows = twin.nonzero().squeeze(1)
         if len(rows) and len(moved):
             sketches = halves(sketch(self.centroids))

@@ -61,7 +61,7 @@ def check_tiles(device):
     maxima = (rows.double() @ padded.double().T).unflatten(1, (-1, width)).amax(2)  # (300, tiles)
     expected = maxima.topk(4)
     for own in {False, memory.kernels.hopper(rows.device)}:
-        for waves, window in ((0, 2**30), (0, 2 * width * 2 * 192), (1, 1), (1000, 1)):  # once, windows of two, splits
+        for waves, window in ((0, 2**30), (0, 2 * width * 2 * 192), (8, 1), (1000, 1)):  # once, windows of two, splits
             with mock.patch.multiple(memory.kernels, WAVES=waves, WINDOW=window, hopper=lambda device, own=own: own):
                 values, tiles = memory.kernels.best_tiles(rows, columns)
             torch.testing.assert_close(values.T.double(), expected.values, rtol=0, atol=2e-6)
@@ -108,6 +108,13 @@ def check_bounds(device):
         assert (found.bound_others[has] < found.bound[has]).any()
 
     assert [part.shape for part in Search(features[:0])(centroids)] == [(0,), (0,)]  # a process without rows
+    copies = normalised(
+        features[:120].repeat(6, 1) + 1e-5 * torch.randn(720, 80, device=device)
+    )  # a tile or more apart
+    with forced(True):
+        assert torch.equal(assign(features[:120], copies), assign_plain(features[:120], copies))
+
+    centroids[:100] = features[:100]
     search, moving = Search(features), centroids.clone()
     for step in range(4):
         label, cosine = search(moving.clone())
@@ -115,11 +122,12 @@ def check_bounds(device):
         assert torch.equal(label, exact.argmax(1))
         assert torch.allclose(cosine, exact.amax(1), rtol=0, atol=1e-14)
         assert (exact.scatter(1, label[:, None], -torch.inf) <= search.others[:, None]).all()
-        moving[step::5] = normalised(moving[step::5] + 0.1 * torch.randn_like(moving[step::5]))
+        moving[100 + step :: 5] = normalised(moving[100 + step :: 5] + 0.1 * torch.randn_like(moving[100 + step :: 5]))
+        moving[200 + step] = normalised(features[step : step + 1] + 0.02 * torch.randn_like(features[:1]))[0]
 
 
 def check_skipping(device):
-    """A centroid that moved is all that is searched, except by rows that it left behind."""
+    """A centroid that moved is all that is searched, except by rows that it left behind; twins by their sketches."""
     import memory.fused
 
     features = normalised(clumps(400, 32, 400).to(device))
@@ -135,9 +143,17 @@ def check_skipping(device):
         assert torch.equal(search(centroids.clone())[0], label)
         assert asked == []
         centroids[7] = -centroids[7]
-        assert torch.equal(search(centroids)[0], assign_plain(features, centroids))
-    left = (label == 7).nonzero().squeeze(1)
-    assert asked == [(199, 1), (201, 1), (len(left), 199)]  # 199 rows are their own centroids: by their sketches
+        assert torch.equal(search(centroids.clone())[0], assign_plain(features, centroids))
+        left = (label == 7).nonzero().squeeze(1)
+        assert asked == [(199, 1), (201, 1), (len(left), 199)]
+        centroids[3] = features[50]  # as near as the centroid 50, and before it
+        found = search(centroids)[0]
+        assert found[50] == 3
+        assert torch.equal(found, assign_plain(features, centroids))
+        asked.clear()
+        with forced(True):
+            kmeans(features, 150, 0)  # the rows that it starts from are centroids
+        assert asked == [(150, 150), (250, 150)]
 
 
 def check_error(device):
