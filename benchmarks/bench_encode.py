@@ -52,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=8192, help="files to encode (default 8192)")
     add("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
     add("--image-size", type=int, default=256, help="side of the square images (default 256)")
+    add("--precision", choices=encode_dataset.PRECISIONS, help="of the networks (default: the command's)")
     add("--folder", help="where to work (default: the temporary directory)")
     add("--profile", action="store_true", help="print where a batch's time goes")
     add("--small", action="store_true", help="40 images of 32 px and tiny networks, for a CPU")
@@ -126,7 +127,7 @@ def networks_alone(args: argparse.Namespace, work: Path, device: torch.device) -
     """Compare, then time both networks as the command runs them, and before they are compiled."""
     images, per_core = decode(work / "images", args.batch_size, args.image_size)
     pixels = torch.stack([images, images.flip(-1)], 1).flatten(0, 1).to(device)  # (B·V, 3, H, W) as in the command
-    codec, encoder = load_networks(args, work, device, encode_dataset.default_precision(device))
+    codec, encoder = load_networks(args, work, device, args.precision)
     plain = load_networks(args, work, device, "fp32")
     work_of_one = [gflop(plain[0].encode, pixels), gflop(plain[1], pixels)]
     eager = [rate(codec.encode, pixels), rate(encoder, pixels)]
@@ -189,6 +190,7 @@ def run_command(args: argparse.Namespace, work: Path, device: torch.device) -> d
     words = [work / "images", "--out", work / "store", "--codec", work / "vae", "--encoder", encoder_name(args)]
     words += ["--encoder-weights", work / "encoder.safetensors", "--image-size", args.image_size, "--views", VIEWS]
     words += ["--batch-size", args.batch_size, "--compile" if device.type == "cuda" else "--no-compile"]
+    words += ["--precision", args.precision]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -207,6 +209,7 @@ def run_command(args: argparse.Namespace, work: Path, device: torch.device) -> d
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or encode_dataset.default_precision(device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
         make_vae(work / "vae", args.small)
@@ -227,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         "GB of images in the store, for patch tokens online": IMAGENET * 3 * args.image_size**2 / 1e9,
         f"seconds of patch tokens online, {TRAINING_BATCH} images": TRAINING_BATCH / alone["patch_tokens_per_second"],
     }
-    settings = {"images": args.images, "batch_size": args.batch_size, "image_size": args.image_size, "views": VIEWS}
+    settings = {key: getattr(args, key) for key in ("images", "batch_size", "image_size", "precision")}
     result = command | alone | {"bounds": bounds, "on_imagenet": on_imagenet, "file_bytes": file_bytes, "cores": cores}
-    result = {**rounded(result | settings), **provenance(argv)}
+    result = {**rounded(result | settings | {"views": VIEWS}), **provenance(argv)}
     print_table(result)
     if args.out:
         write_json(args.out, result)
@@ -246,7 +249,8 @@ def rounded(value: object) -> object:
 
 def print_table(result: dict) -> None:
     """The result in words and columns."""
-    print(f"\n{result['device']}, {result['cores']} cores, {result['batch_size']} images at a time in {VIEWS} views")
+    print(f"\n{result['device']}, {result['cores']} cores, {result['precision']}, ", end="")
+    print(f"{result['batch_size']} images at a time in {VIEWS} views")
     for name, error in result["errors"].items():
         print(f"{name}: relative error {error['relative_error']}, smallest cosine {error['smallest_cosine']}")
     print(f"{'images a second':42} {'':>9}  {'eager':>9} {'GFLOP':>7} {'TFLOP/s':>8} {'share':>6}")

@@ -54,7 +54,7 @@ SAVE_SECONDS = 30  # between two notes of what is written: the most that a kille
 LOOKED_AT = 32  # images of a source that are looked at beforehand
 LARGE_BYTES = 100e9  # patch tokens beyond this get a warning
 COMPILE_FROM = 30_000  # images a process, from which a minute of compiling is worth it
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = datetime.timedelta(days=7)  # processes wait for each other this long: shares may differ by hours
 
 
@@ -142,9 +142,7 @@ def speed_up(
     codec: Codec | None, encoder: Encoder | None, compiled: bool | None, images: int, device: torch.device
 ) -> None:
     """Prepare the networks for `images` images in batches of one shape; `compiled` None: if it is worth it."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # try convolutions once, as there is one shape
-        torch.backends.cudnn.allow_tf32 = False  # so that fp32 is what it says
+    torch.backends.cudnn.allow_tf32 = False  # so that fp32 is what it says
     if compiled or (compiled is None and device.type == "cuda" and images >= COMPILE_FROM):
         if codec:
             codec.compile_encoder()
@@ -422,7 +420,7 @@ def check_finite(whole: dict[str, Tensor], names: list[str]) -> None:
         if wrong:
             raise ValueError(
                 f"{file}: NaN, infinity or a value beyond float16 for {listed([names[i] for i in wrong])}. "
-                "Look at these images and at the weights of the network that made them"
+                "Look at these images and at the weights of the network that made them, or change --precision"
             )
 
 

@@ -187,14 +187,19 @@ def test_the_hubs_cache_is_read_without_a_network(folder, tmp_path, monkeypatch)
     assert load_codec("sd-vae-ft-ema").meta(8)["sha256"] == sha256(repository / "snapshots" / commit / WEIGHTS)
 
 
-def test_channels_last_and_compiling_change_only_rounding(folder, monkeypatch):
+def test_what_suits_a_gpu_changes_only_rounding(folder, monkeypatch):
     path, images = folder(3), pixels(2, 3, 16, 16)
     exact, fast = load_codec(path), load_codec(path)
-    fast.memory_format = torch.channels_last  # as on a GPU
-    fast.vae.to(memory_format=torch.channels_last)
+    fast.suit_gpu()
     expected = exact.encode(images)
-    torch.testing.assert_close(fast.encode(images), expected, rtol=1e-2, atol=1e-3)
-    assert fast.encode(images).is_contiguous()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("fused"))
+        moments = fast.encode(images)
+    torch.testing.assert_close(moments, expected, rtol=1e-2, atol=1e-3)
+    assert moments.is_contiguous()
+    assert fast.vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(fast.decode(latents), exact.decode(latents), rtol=1e-4, atol=1e-4)
     compiled = []
     monkeypatch.setattr("torch.nn.Module.compile", lambda module, **options: compiled.append((module, options)))
     fast.compile_encoder()
