@@ -15,6 +15,8 @@ F = 768), and one block of scores; never N × K.
 
 import contextlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -120,10 +122,12 @@ def cosines(
 
 
 def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels run on this device: a GPU of the Hopper generation or later, and Triton installed."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Whether the Triton kernels run on this device: a GPU of the Hopper generation or later, Triton, and the C compiler
+    that Triton calls."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and importlib.util.find_spec("triton") is not None
 
 
 def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -201,13 +201,18 @@ def test_in_tritons_interpreter(root):
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
-def test_without_triton_or_tensor_cores_the_plain_path_is_taken(monkeypatch):
+def test_the_plain_path_is_taken_where_something_is_missing(monkeypatch):
     on_gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def machine(capability=(9, 0), compiler="/usr/bin/gcc", triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(memory.kmeans.shutil, "which", lambda name: compiler)
+        monkeypatch.setattr(memory.kmeans.importlib.util, "find_spec", lambda name: triton or None)
+        monkeypatch.delenv("CC", raising=False)
+
+    machine()
     assert memory.kmeans.fused(on_gpu)
     assert not memory.kmeans.fused(torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert not memory.kmeans.fused(on_gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(memory.kmeans.importlib.util, "find_spec", lambda name: None)
-    assert not memory.kmeans.fused(on_gpu)
+    for missing in ({"capability": (8, 9)}, {"compiler": None}, {"triton": False}):
+        machine(**missing)
+        assert not memory.kmeans.fused(on_gpu), missing
