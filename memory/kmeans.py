@@ -122,8 +122,7 @@ def cosines(
 
 
 def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels run on this device: a GPU of the Hopper generation or later, Triton, and the C compiler
-    that Triton calls."""
+    """Whether the Triton kernels run on this device: a GPU since Hopper, Triton, and the C compiler that it calls."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
