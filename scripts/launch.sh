@@ -28,6 +28,7 @@ trap stop INT HUP TERM USR1
 
 launch() {
     local command=(python) status=0
+    [ -z "$stopped" ] || exit "${STATUS_WHEN_STOPPED:-143}" # a signal came between two commands
     if [ $((nodes * nproc)) -gt 1 ]; then
         command+=(-m torch.distributed.run --nproc-per-node "$nproc")
         if [ "$nodes" -gt 1 ]; then

@@ -2,8 +2,8 @@
 # GMem's first release: SiT-XL/2 on snippets, with the alignment of REPA. The same command again continues.
 #   bash scripts/train-gmem-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh. On one GPU the batch of 256 is accumulated.
-# Hardware  1, 2, 4 or 8 GPUs of 80 GB; MICRO_BATCH=32 for 40 GB, MICRO_BATCH=8 for 24 GB
-# Memory    a GPU: 20 bytes · 683M parameters = 13.7 GB, and activations; train.py --dry-run prints an estimate
+# Hardware  1, 2, 4 or 8 GPUs of 80 GB; MICRO_BATCH=32 for 40 GB, MICRO_BATCH=8 for 24
+# Memory    a GPU: 20 bytes · 683M parameters = 13.7 GB, and activations; the flag --dry-run prints an estimate
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
 # Time      estimate at 400 images/s a GPU (387 to 452 on one H200 without alignment, benchmarks/results): 400,000 · 256
 #           / (8 · 400) = 32,000 s = 9 hours on eight; STEPS=2000000 takes 44

@@ -244,6 +244,12 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
 
 
+def test_a_dry_run_tells_what_is_missing(root, environment, tmp_path):
+    said = bash(root, environment, "train-gmem-b.sh", "--dry-run", status=1, STORE=tmp_path / "s", BANK=tmp_path / "b")
+    assert "memory a process  2.6" in said
+    assert f"--store: {tmp_path}/s/meta.json does not exist" in said
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, root, environment):
     """An ImageNet in small with everything the recipes need, through the killed and continued ones of the benchmark:
@@ -411,6 +417,8 @@ SLURM = {
 WORK = """
 import os, pathlib, signal, sys, time
 spool, how, node = pathlib.Path(os.environ["SPOOL"]), os.environ["HOW"], int(os.environ.get("SLURM_NODEID", 0))
+with open(spool / "commands", "a") as file:
+    file.write(f"{sys.argv[1]}\\n")
 stopping = []
 def stop(number, frame):
     with open(spool / "signals", "a") as file:
@@ -507,6 +515,14 @@ def test_a_signal_stops_a_recipe_once(tmp_path, root, environment, number):
     assert recipe.wait(30) == 143
     assert (tmp_path / "signals").read_text() == "SIGTERM 0\n"
     assert (tmp_path / "saved 0").exists()
+
+
+def test_a_signal_between_two_commands_stops_too(tmp_path, root, environment):
+    shell = {**environment, **worker(tmp_path, environment), "SPOOL": str(tmp_path), "HOW": "finish"}
+    recipe = "source scripts/launch.sh; launch one.py; kill -TERM $$; launch two.py; echo three"
+    done = subprocess.run(["bash", "-c", recipe], cwd=root, env=shell, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert (tmp_path / "commands").read_text() == "one.py\n"
 
 
 def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
