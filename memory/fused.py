@@ -3,7 +3,7 @@
 Products of float16 copies, summed in float32, are off by at most a bound that `_error` states. Columns whose score lies
 within twice this bound of the best are *candidates*; there is nearly always one. Their cosines are computed without
 any error (memory/kmeans.py) and decide; a row with more candidates than the kernels keep is assigned by the plain path.
-So labels are those of the plain path, bit for bit.
+So labels are those of the plain path, bit for bit, as long as tensor cores add at least as well as `_error` assumes.
 
 Between passes each row keeps an upper bound on its cosine with all centroids but its own. What has not moved is not
 searched again, unless the row's own centroid moved away so far that the bound no longer holds off the others (the
@@ -26,7 +26,10 @@ TWIN = 1 - 2.0**-20  # cosines of unit rows rounded to 2⁻²⁴ with themselves
 
 @dataclass(frozen=True)
 class Halves:
-    """Rows (N, W) in float16, filled with zeros to a width of whole steps, and the largest length of a row's error."""
+    """Rows (N, W) in float16, filled with zeros to a width of whole steps, and the largest length of a row's error.
+
+    Indexed by ascending, distinct row numbers; all of them give no copy.
+    """
 
     matrix: torch.Tensor
     error: float
