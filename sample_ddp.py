@@ -37,7 +37,7 @@ from memory.output import Output
 from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
-from models.inference import fuse_gelu, round_weights
+from models.inference import round_weights, simplify_gelu
 from models.kernels import compile_blocks, fast_attention
 from models.sit import SiT
 from samplers import (
@@ -150,7 +150,6 @@ class Generator:
         if args.precision == "bf16":
             for network in {self.model, self.guide} - {None}:
                 round_weights(network)
-                fuse_gelu(network)
         self.codec, codec_meta = self._load_codec()
         self.image_shape = [self.config["image_size"], self.config["image_size"], 3]
         self.settings = self._settings(codec_meta)
@@ -289,6 +288,7 @@ class Generator:
     def compile(self, batch_size: int, decoder: bool = True) -> None:
         """Compile for batches of this size, to which smaller ones will be padded, by making one in two steps."""
         for network in {self.model, self.guide} - {None}:
+            simplify_gelu(network)
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
