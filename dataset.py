@@ -73,7 +73,7 @@ def read_meta(store: str | os.PathLike) -> dict:
         raise ValueError(f"the store {path} is incomplete: run the same encode command again to finish it")
     for key, kind in FIELDS.items():
         value = meta.get(key)
-        if type(value) is not kind or (kind is int and not 0 < value < 2**40):
+        if type(value) is not kind or (kind is int and not (key != "num_images") <= value < 2**40):
             raise ValueError(f"{path / META}: {key} is {value!r}, expected {kind.__name__}: copy or encode it again")
     with reading(path / META):
         layout(meta)
