@@ -75,7 +75,11 @@ class Inception(nn.Module):
         buffer.seek(0)
         self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], buffer)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_spatial)
-        self.to(device, memory_format=torch.channels_last)
+        on_gpu = (
+            torch.device(device).type == "cuda"
+        )  # where float32 convolutions are a fifth faster the other way round
+        self.layout = torch.contiguous_format if on_gpu else torch.channels_last
+        self.to(device, memory_format=self.layout)
         self.sha256 = sha256(path)
         self.published = self.sha256.startswith("6726825d")
 
@@ -91,6 +95,7 @@ class Inception(nn.Module):
     def forward(self, images: torch.Tensor) -> Features:
         """uint8 images (B, 3, H, W) in RGB, any size."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # tf32 keeps 10 bits of each product
+            images = images.contiguous(memory_format=self.layout)
             pool, logits = self.network(images)  # (B, 2048), (B, 1008)
         return Features(pool, self.spatial, logits.softmax(1))
 
