@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Any recipe on a SLURM cluster, on one node or several: saves ten minutes before the time limit, and requeues itself.
 #   sbatch scripts/slurm.sh scripts/train-gmem-xl.sh [flags]                 from the repository
-#   sbatch --nodes 4 --partition NAME --time 12:00:00 scripts/slurm.sh …     sbatch's own options go first
+#   sbatch --nodes 4 --gpus-per-node 4 --cpus-per-task 32 --partition NAME --time 12:00:00 scripts/slurm.sh …
 # Every node runs the recipe once, on all its GPUs; variables (STEPS, SIZE …) are those of the shell that submits.
 # A recipe that finishes ends the job; one that fails ends it with its status and is not requeued.
 #SBATCH --job-name=gmem

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks import recipes as bench
 from benchmarks.path import make_encoder
 from models.sit import SiT_models
 from scripts.fetch import FILES
+from scripts.quoted import QUOTED
 from scripts.sources import open_source
 
 ELSEWHERE = {"demo.sh": "tests/test_demo.py", "fetch.sh": "tests/test_fetch.py", "test.sh": ".ci/run"}
@@ -224,6 +226,32 @@ def test_images_of_other_weights_go_elsewhere(root, dry, tmp_path, checkpoint, f
         variables["CHECKPOINT"].mkdir(parents=True)
     assert dry(root, "sample-gmem-xl.sh", **variables)[2].out == f"samples/{folder}"
     assert dry(root, "sample-gmem-xl-ode.sh", **variables)[2].out == f"samples/{folder}-ode"
+
+
+def printed(dry, root, line):
+    """The arguments that a printed command line ends in."""
+    words = shlex.split(line)
+    place = words.index("bash")
+    variables = dict(word.split("=", 1) for word in words[:place])
+    return dry(root, words[place + 1].removeprefix("scripts/"), *words[place + 2 :], **variables)[2]
+
+
+def test_the_commands_beside_quoted_figures_are_theirs(root, dry):
+    outs = {}
+    for row in QUOTED:
+        trained = printed(dry, root, row.retrain)
+        assert (trained.steps, trained.model, trained.batch_size) == (row.training_steps, row.model, 256)
+        if row.re_evaluate is None or row.re_evaluate in outs:
+            continue
+        sampled = printed(dry, root, row.re_evaluate)
+        assert (sampled.num_images, sampled.sampler) == (50_000, "sde" if row.sampler == "SDE" else "heun")
+        assert sampled.steps == (row.evaluations or 125)  # Heun's evaluate twice, but for the last: 249
+        guidance = row.guidance or {"scale": None}
+        assert sampled.guidance_scale == guidance["scale"]
+        assert sampled.guidance_channels == guidance.get("channels")
+        assert list(sampled.guidance_interval) == guidance.get("interval", [0.0, 1.0])
+        outs[row.re_evaluate] = sampled.out
+    assert len(outs) == len(set(outs.values())) == 7
 
 
 def test_paths_with_spaces_stay_whole(root, dry):
