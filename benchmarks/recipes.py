@@ -6,7 +6,8 @@ Makes JPEG files and random weights in their real formats (a VAE of Stable Diffu
 published file), then runs encode-imagenet.sh, build-bank-imagenet.sh, train-gmem-xl.sh with the alignment online and
 sample-gmem-xl.sh from the published file. In the last two one process is killed at work, the recipe must fail, and the
 same command must continue: the steps that training repeats have the losses of the first time, and the first images
-equal those of a run that nobody killed. `--small` shrinks every size for a machine without a GPU.
+equal those of a run that nobody killed. The continued training is told to stop, and must save its running step.
+`--small` shrinks every size for a machine without a GPU.
 """
 
 import argparse
@@ -34,6 +35,8 @@ GMEM = "GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth"
 LOG_EVERY, SAVE_EVERY = 2, 10  # steps
 PATIENCE = 900  # seconds until a recipe must have begun its work
 POLL = 0.05
+KILLED, STOPPED = "one process killed", "told to stop"
+STATUS_WHEN_STOPPED = 143  # of a recipe, scripts/launch.sh
 
 
 def make_gmem(path: Path, name: str, latent_side: int, dim: int, snippets: int) -> None:
@@ -72,21 +75,25 @@ class Recipes:
         self.environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
         self.rows = []
 
-    def run(self, title: str, recipe: str, *flags: object, when: Callable[[], bool] | None = None, **variables) -> None:
-        """Run `scripts/RECIPE`; with `when`, kill its last process once that is true, and expect it to fail."""
+    def run(self, title: str, recipe: str, *flags: object, when: Callable[[], bool] | None = None, **variables) -> int:
+        """Run `scripts/RECIPE` and return its status; with `when`, disturb it as the title says once that is true."""
         print(f"+ {recipe}: {title}", flush=True)
         environment = {**self.environment, **{name: str(value) for name, value in variables.items()}}
         begin = time.perf_counter()
         process = subprocess.Popen(["bash", f"scripts/{recipe}", *map(str, flags)], env=environment)
         if when:
             while not when():
-                assert process.poll() is None, f"{recipe} ended before it could be killed, with {process.returncode}"
+                assert process.poll() is None, f"{recipe} ended before it could be disturbed, with {process.returncode}"
                 assert time.perf_counter() - begin < PATIENCE, f"{recipe} has not begun its work"
                 time.sleep(POLL)
-            workers(psutil.Process(process.pid), "sample_ddp.py" if "sample" in recipe else "train.py")[-1].kill()
+            if title.endswith(STOPPED):
+                process.terminate()
+            else:
+                workers(psutil.Process(process.pid), "sample_ddp.py" if "sample" in recipe else "train.py")[-1].kill()
         status = process.wait()
         assert (status != 0) == bool(when), f"{recipe} ended with status {status}"
         self.rows.append({"what": title, "recipe": recipe, "seconds": round(time.perf_counter() - begin, 1)})
+        return status
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -118,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the data, run the recipes, compare, write the results."""
     args = parse(argv)
     work, small = args.work.resolve(), args.small
-    size, images, model, batch, drawn = (64, 40, "SiT-Ti/2", 4, 12) if small else (256, 512, "SiT-XL/2", 64, 64)
+    size, images, model, batch, drawn = (64, 40, "SiT-Ti/2", 4, 40) if small else (256, 512, "SiT-XL/2", 64, 64)
     encoder = ("test_vit@64", "test_vit") if small else ("dinov2-vitb14", "vit_base_patch14_dinov2.lvd142m")
     weights, store, run = work / "weights", work / "store", work / "run"
     make_images(work / "imagenet", images, size)
@@ -136,29 +143,37 @@ def main(argv: list[str] | None = None) -> None:
     train = f"--log-every {LOG_EVERY} --save-every {SAVE_EVERY} --keep 1 --sample-every 0".split()
     train += ["--model-options", "align_depth=2"] * small
     steps = {"OUT": run, "STEPS": 1_000_000}
-    saved, before = run / "checkpoints" / f"{SAVE_EVERY:07d}.pt", {}
+    before: dict[int, float] = {}
+
+    def saved() -> int:
+        found = (run / "checkpoints").glob("[0-9]*.pt")
+        return max((int(path.stem) for path in found if path.stem.isdigit()), default=0)
 
     def beyond_a_checkpoint() -> bool:
         before.update(losses(run))
-        return saved.exists() and max(before, default=0) > SAVE_EVERY
+        return saved() > 0 and max(before, default=0) > saved()
 
-    recipes.run("train, one process killed", "train-gmem-xl.sh", *train, when=beyond_a_checkpoint, **steps)
-    checkpoints = sorted(int(path.stem) for path in (run / "checkpoints").glob("[0-9]*.pt") if path.stem.isdigit())
-    before |= losses(run)
-    last = max(before) + 2 * LOG_EVERY
-    recipes.run(f"train, continued from {checkpoints[-1]} to {last}", "train-gmem-xl.sh", *train, OUT=run, STEPS=last)
+    repeated: list[int] = []
+    while not repeated:  # a process killed right after a checkpoint leaves nothing to repeat
+        recipes.run(f"train, {KILLED}", "train-gmem-xl.sh", *train, when=beyond_a_checkpoint, **steps)
+        before |= losses(run)
+        kept = saved()
+        repeated = [step for step in before if step > kept]
+    enough = max(before) + LOG_EVERY
+    title = f"train, continued from step {kept}, {STOPPED}"
+    status = recipes.run(title, "train-gmem-xl.sh", *train, when=lambda: max(losses(run), default=0) >= enough, **steps)
+    assert status == STATUS_WHEN_STOPPED, f"a recipe that was told to stop ended with status {status}"
     after = losses(run)
-    assert list(after) == list(range(LOG_EVERY, last + 1, LOG_EVERY)), f"steps in the log: {list(after)}"
-    repeated = [step for step in before if step > checkpoints[-1]]
-    assert repeated, "the process was killed right after a checkpoint: nothing was repeated, run this again"
+    assert list(after) == list(range(LOG_EVERY, max(after) + 1, LOG_EVERY)), f"steps in the log: {list(after)}"
+    assert 0 <= saved() - max(after) < LOG_EVERY, f"stopped after step {max(after)}, saved step {saved()}"
     largest = max(abs(after[step] / before[step] - 1) for step in repeated)
     assert largest < (1e-6 if small else 1e-2), f"losses before {before}, after {after}"
 
-    sample = ["--steps", 4 if small else 250]
+    sample = ["--steps", 8 if small else 250]
     whole, killed = work / "samples-whole", work / "samples"
     alone = max(2, drawn // 8)
-    recipe, some = "sample-gmem-xl.sh", {"BATCH": max(1, drawn // (4 * args.gpus)), "OUT": killed, "IMAGES": drawn}
-    recipes.run("sample, one process killed", recipe, *sample, when=lambda: finished(killed) > 0, **some)
+    recipe, some = "sample-gmem-xl.sh", {"BATCH": 2 if small else 16 // args.gpus, "OUT": killed, "IMAGES": drawn}
+    recipes.run(f"sample, {KILLED}", recipe, *sample, when=lambda: finished(killed) > 0, **some)
     kept = finished(killed)
     recipes.run(f"sample, continued from {kept} images", recipe, *sample, **some)
     recipes.run(f"sample {alone} on one", recipe, *sample, **some | {"OUT": whole, "IMAGES": alone, "NPROC": 1})

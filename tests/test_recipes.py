@@ -309,7 +309,7 @@ def test_killed_recipes_continue(site):
     """The benchmark has compared losses and images; here, that it did."""
     result = json.loads((site / "bench.json").read_text())
     assert result["training steps repeated"]
-    assert 0 < result["images kept of the killed run"] < 12
+    assert 0 < result["images kept of the killed run"] < 40
     assert result["largest relative difference of their losses"] < 1e-6
     assert result["largest pixel difference of the images"] <= 1
     assert [row["recipe"] for row in result["recipes"]][:3] == STAGES[:3]
