@@ -10,14 +10,15 @@ import struct
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from benchmarks import bench_evaluate
 from evaluations import evaluator, features, inception, reference, samples
 from evaluations.images import ChosenImages, open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
@@ -58,20 +59,7 @@ def all_images(path, **options):
 def inception_weights(tmp_path_factory):
     """Random weights in the layout of the published file, scaled so that activations neither vanish nor explode."""
     path = tmp_path_factory.mktemp("weights") / WEIGHTS
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *args, **options: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        state = FeatureExtractorInceptionV3("any", ["2048"], "none").state_dict()
-    for name, value in state.items():
-        if value.ndim > 1:
-            scale = (2 / value[0].numel()) ** 0.5 * (10 if name == "fc.weight" else 1)
-            state[name] = torch.randn(value.shape, generator=generator) * scale
-        else:
-            filled = torch.zeros if name.endswith(("mean", "tracked", "bn.bias")) else torch.ones
-            state[name] = filled(value.shape, dtype=value.dtype)
-    state["fc.bias"] = torch.randn(1008, generator=generator)
-    torch.save(state, path)
+    bench_evaluate.make_weights(path)
     return path
 
 
@@ -156,6 +144,16 @@ def test_the_three_outputs_are_what_adm_reads(network):
     torch.testing.assert_close(output.probs, logits.softmax(1), rtol=1e-3, atol=1e-6)
     assert not torch.allclose(output.probs, (logits + network.network.fc.bias).softmax(1), rtol=0.1)
     assert output.pool.std() > 0.01
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_features_of_the_cpu(inception_weights, network):
+    """In its own memory layout and at another batch size, as the evaluator uses it."""
+    images = torch.from_numpy(pictures(6, size=64)).permute(0, 3, 1, 2)
+    here, there = network(images), Inception(inception_weights, "cuda")
+    for part in (slice(0, 6), slice(2, 5)):
+        for one, two in zip(here, there(images[part].cuda()), strict=True):
+            torch.testing.assert_close(two.cpu(), one[part], rtol=1e-3, atol=1e-4 * one.abs().max().item())
 
 
 def test_weights_are_found_by_flag_then_variable_then_cache(inception_weights, tmp_path, monkeypatch):
@@ -420,6 +418,27 @@ def test_two_processes_give_the_numbers_of_one(evaluate, encoder_weights, tmp_pa
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert json.loads((tmp_path / "two.json").read_text())["metrics"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_benchmark_times_the_real_command(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(command, check, env):
+        assert env["CUDA_VISIBLE_DEVICES"] == ""
+        ran.append(command[command.index("evaluations.evaluator") + 1 :])
+        evaluator.main(ran[-1])
+
+    monkeypatch.setattr(bench_evaluate, "subprocess", SimpleNamespace(run=run))
+    bench_evaluate.main(["--cpu-images", "5", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["images"] for row in result["rows"]] == [5, 5]
+    assert len(ran) == 2
+    assert ran[0] == ran[1], "the second finds what the first has kept"
+    assert list((tmp_path / "w").glob("reference.npz.inception.*.npz"))
+    assert result["metrics"][0] == result["metrics"][1]
+    assert result["metrics"][0].keys() == {"Inception Score", "FID", "sFID", "Precision", "Recall", "KID"}
+    assert all(row["host_memory_gb"] > 0.1 and row["seconds"] > 0 for row in result["rows"])
+    assert "| the reference's features kept |" in capsys.readouterr().out
 
 
 # Statistics without images, arguments, sizes
