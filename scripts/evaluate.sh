@@ -14,12 +14,22 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
+can_score=' # what the evaluator would miss after the images are made
+import sys
+from evaluations.evaluator import parse
+from evaluations.images import open_images
+from evaluations.inception import find_weights
+args = parse([sys.argv[1], "SAMPLES", *sys.argv[2:]])
+open_images(args.reference)
+args.encoder or find_weights(args.inception)'
+
 quick() { # quick RUN [OPTIONS]
     run=$1 reference=${REF:-}
     name=${SAMPLER:-euler}-${STEPS:-50}-n${IMAGES:-10000}
     if [ -z "$reference" ]; then
         reference=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["args"]["store"])' "$run/config.json")
     fi
+    python -c "$can_score" "$reference" "${@:2}"
     mkdir -p "$run/quick"
     for checkpoint in "$run"/checkpoints/[0-9]*.pt; do
         step=$(basename "$checkpoint" .pt)

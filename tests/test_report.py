@@ -392,3 +392,14 @@ def test_evaluate_script_from_end_to_end(made, environment, root, tmp_path):  # 
     left = {"0000002.euler-2-n6.json", "0000004.euler-2-n6.json", "curve.png"}
     assert {path.name for path in (run / "quick").iterdir()} == left
     assert subprocess.run(script, capture_output=True).returncode == 2
+
+    (run / "checkpoints" / "0000005.pt").symlink_to(made.run / "checkpoints" / "0000004.pt")
+    for reference, options, message in (
+        (tmp_path / "no.npz", made.network, "no.npz: no such file"),
+        (made.store, ["--inception", "no.pth"], "--inception no.pth: no such file"),
+    ):
+        command = [*script, str(run), "--quick", *options]
+        failed = subprocess.run(command, env=variables | {"REF": str(reference)}, capture_output=True, text=True)
+        assert failed.returncode == 1
+        assert message in failed.stderr
+        assert {path.name for path in (run / "quick").iterdir()} == left, "nothing is sampled for nothing"
