@@ -570,6 +570,7 @@ class Trainer:
                 if leaving:
                     break
         bar.close()
+        self.run_micro_step = self.micro_step  # recordings go before the process group that they use
         how = "finished" if self.step == args.steps else "stopped by a signal; the same command continues"
         self.accelerator.print(f"{how} at step {self.step:,}: {self.out}")
 

@@ -40,7 +40,7 @@ from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.pairs import Pairs
 from models.kernels import fast_attention
-from models.replay import WARM_STEPS
+from models.replay import WARM_STEPS, Replay
 from models.sit import SiT_models
 
 LATENT, SNIPPET_DIM, SNIPPETS = (4, 32, 32), 768, 1024
@@ -167,6 +167,13 @@ def check(trainer: train.Trainer, plain: nn.Module) -> dict[str, float]:
         errors[f"gradients, {name}"] = difference(its_gradients, gradients)
     assert errors["gradients, train.py"] <= 1.25 * errors["gradients, plain"] + 1e-6, errors
     return errors
+
+
+def use(trainer: train.Trainer, model: nn.Module) -> None:
+    """Train by `model`, the network with or without the exchange of gradients."""
+    trainer.model = model
+    if isinstance(trainer.run_micro_step, Replay):
+        trainer.run_micro_step.forget()
 
 
 def timed(trainer: train.Trainer, batch: int, steps: int) -> dict:
@@ -355,9 +362,11 @@ def speed_table(args: argparse.Namespace, folder: Path) -> dict:
     trainer.prepare()
     result = {"start_seconds": time.perf_counter() - begin, "ceiling_tflops": ceiling(device)}
     flops = training_flops(plain, device)
-    if world == 1:
-        result["errors against float32"] = check(trainer, plain)
-        trainer.accelerator.print(json.dumps(result))
+    exchanging = trainer.model
+    alone = trainer.accelerator.prepare_model(trainer.network, evaluation_mode=True) if world > 1 else exchanging
+    use(trainer, alone)
+    result["errors against float32"] = check(trainer, plain)
+    trainer.accelerator.print(json.dumps(result))
     rows = []
 
     def add_row(what: str, batch: int, processes: int, numbers: dict) -> None:
@@ -370,16 +379,16 @@ def speed_table(args: argparse.Namespace, folder: Path) -> dict:
     with fast_attention(device):
         for batch in args.batches:
             if world > 1:
-                exchanging = trainer.model
-                trainer.model = trainer.accelerator.prepare_model(trainer.network, evaluation_mode=True)
+                use(trainer, alone)
                 add_row("one process alone", batch, 1, timed(trainer, batch, args.steps))
-                trainer.model = exchanging
+                use(trainer, exchanging)
             add_row("train.py", batch, world, timed(trainer, batch, args.steps))
             if world > 1:
                 rows[-1]["share_of_linear"] = rows[-1]["images_per_second"] / world / rows[-2]["images_per_second"]
         if args.profile:
             result["profile"] = where_time_goes(trainer, args.batches[-1])
-    trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = None
+    trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
+    exchanging = alone = None
     if args.reference:
         for batch in args.batches:
             add_row("peers' recipe", batch, 1, peers(plain, batch, max(1, args.steps // 3), device))

@@ -1,4 +1,4 @@
-"""Attention of short sequences as Triton kernels, forward and backward, on queries, keys and values in one tensor.
+"""Attention of short sequences: cuDNN forward, and a Triton kernel backward, on queries, keys and values in one tensor.
 
 The heads of SiT-XL have 72 dimensions and see 256 tokens: general kernels pad the heads to 128, and their gradients of
 queries, keys and values are packed in a pass of its own. Here a head is split into a power of two and a small rest, one
@@ -17,7 +17,7 @@ from torch.library import triton_op, wrap_triton
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 REST = 16  # least columns of a matrix product
-TOKENS = (64, 128, 256)  # numbers of tokens whose scores one program holds
+TOKENS = 256  # what the tiles below were tried with: latents of 32×32 in patches of 2×2
 
 
 @triton.jit
@@ -36,10 +36,8 @@ def attention_backward_kernel(
     plain = image * tokens * width + head * size
     for j in tl.static_range(0, tokens, columns):
         keys = packed + width + (j + tl.arange(0, columns))[:, None] * 3 * width
-        k0, v0 = (
-            tl.load(qkv + keys + low[None, :], mask=known, other=0.0),
-            tl.load(qkv + keys + width + low[None, :], mask=known, other=0.0),
-        )
+        k0 = tl.load(qkv + keys + low[None, :], mask=known, other=0.0)
+        v0 = tl.load(qkv + keys + width + low[None, :], mask=known, other=0.0)
         d_k0, d_v0 = tl.zeros([columns, main], tl.float32), tl.zeros([columns, main], tl.float32)
         if rest:
             k1 = tl.load(qkv + keys + high[None, :], mask=inside, other=0.0)
@@ -48,10 +46,8 @@ def attention_backward_kernel(
         for i in tl.range(0, tokens, rows, num_stages=stages):
             numbers = i + tl.arange(0, rows)
             queries, outputs = packed + numbers[:, None] * 3 * width, plain + numbers[:, None] * width
-            q0, g0 = (
-                tl.load(qkv + queries + low[None, :], mask=known, other=0.0),
-                tl.load(d_out + outputs + low[None, :], mask=known, other=0.0),
-            )
+            q0 = tl.load(qkv + queries + low[None, :], mask=known, other=0.0)
+            g0 = tl.load(d_out + outputs + low[None, :], mask=known, other=0.0)
             o0 = tl.load(out + outputs + low[None, :], mask=known, other=0.0)
             inner = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)  # (rows,)
             scores = tl.dot(k0, tl.trans(q0))  # (columns, rows): keys by queries
@@ -123,7 +119,7 @@ def _attention_backward_op(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     wrap_triton(attention_backward_kernel)[(images * heads,)](
         qkv, out, d_out, lse, d_qkv, scratch, heads,
         factor=1 / math.sqrt(size), tokens=tokens, size=size, main=main, rest=rest,
-        rows=min(ROWS, tokens), columns=min(COLUMNS, tokens), stages=STAGES, num_warps=WARPS,
+        rows=ROWS, columns=COLUMNS, stages=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return d_qkv
 
@@ -146,7 +142,7 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def fits(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels serve timm's `Attention` on x (B, T, D): half precision, 64, 128 or 256 tokens, no norm of
-    queries and keys, heads of a power of two or a little more. The forward pass is cuDNN's, the faster one."""
+    """Whether the kernels serve timm's `Attention` on x (B, T, D): half precision, 256 tokens, no norm of queries and
+    keys, heads of a power of two or a little more. The forward pass is cuDNN's, the faster one."""
     size, half = layer.head_dim, x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.shape[1] in TOKENS and size - split(size)[0] in (0, 8, 16) and type(layer.q_norm) is nn.Identity
+    return half and x.shape[1] == TOKENS and size - split(size)[0] in (0, 8, 16) and type(layer.q_norm) is nn.Identity

@@ -1,16 +1,22 @@
-"""Triton kernels for what joins a transformer's branches: gated residual, LayerNorm, modulation in one pass each way.
+"""Triton kernels for what lies between a block's matrix products, each way in one pass, and the block made of them.
 
-    total  = x + gate·branch
+    total  = x + gate·branch                                       (`join`)
     normed = LayerNorm(total)·(1 + scale) + shift
+    active = GELU(hidden)                                          (`activate`)
 
 torch.compile fuses the forward pass as well; backward it reads everything again for the sums over tokens that the
-gradients of gate, shift and scale are, which costs a training step of SiT-XL/2 several per cent. All arithmetic is
-float32. `models/kernels.py` decides where these run; `models/sit.py` is what they must equal.
+gradients of gate, shift, scale and of the products' biases are, which costs a training step of SiT-XL/2 some per cent.
+So a bias enters its product detached and is handed to the kernel that comes next, which ignores it forward and gives
+its gradient backward. All arithmetic is float32. `models/kernels.py` decides where these run; `models/sit.py` is what
+they must equal.
 
-Shapes: x, branch, total, normed (B, T, D); gate, shift, scale (B, D).
+Shapes: x, branch, total, normed (B, T, D); gate, shift, scale (B, D); hidden, active (B, T, 4·D).
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -18,8 +24,10 @@ from torch.library import triton_op, wrap_triton
 
 from models.attention import attention, fits
 
-WARPS, BACKWARD_WARPS, STAGES = 4, 8, 1
-CHUNKS = (16, 8, 4, 2, 1)  # tokens whose sums one program forms; the first that divides T is taken
+WARPS, STAGES = 4, 4
+CHUNKS = (32, 16, 8, 4, 2, 1)  # tokens whose sums one program forms; the first that divides T is taken
+COLUMNS, TILE, ROWS = 512, 8, 128  # of `activate`: a program's columns, the rows it holds at once and goes through
+GELU_SLOPE, GELU_CUBE = tl.constexpr(2 * (2 / math.pi) ** 0.5), tl.constexpr(0.044715)  # of the tanh form, as a sigmoid
 
 
 @triton.jit
@@ -59,6 +67,7 @@ def join_backward_kernel(
     d_gate = tl.zeros([block], tl.float32)
     d_shift = tl.zeros([block], tl.float32)
     d_scale = tl.zeros([block], tl.float32)
+    d_bias = tl.zeros([block], tl.float32)
     first = image * tokens + part * chunk
     for step in tl.range(0, chunk, num_stages=stages):
         row = first + step
@@ -78,15 +87,17 @@ def join_backward_kernel(
         d_gate += added * d_sum
         d_shift += d_out
         d_scale += d_out * unit
-    place = sums + (image * (tokens // chunk) + part) * 3 * width + columns
+        d_bias += d_sum
+    place = sums + (image * (tokens // chunk) + part) * 4 * width + columns
     tl.store(place, d_gate, mask=inside)
     tl.store(place + width, d_shift, mask=inside)
     tl.store(place + 2 * width, d_scale, mask=inside)
+    tl.store(place + 3 * width, d_bias * opening, mask=inside)
 
 
 @triton_op("gmem::join", mutates_args=())
 def _join_op(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, tokens, width = x.shape
     x, branch = x.contiguous(), branch.contiguous()
@@ -114,64 +125,150 @@ def _join_backward_op(
     d_total, d_normed, branch = d_total.contiguous(), d_normed.contiguous(), branch.contiguous()
     chunk = next(size for size in CHUNKS if tokens % size == 0)
     d_x, d_branch = torch.empty_like(total), torch.empty_like(branch)
-    sums = total.new_empty(images, tokens // chunk, 3, width)
+    sums = total.new_empty(images, tokens // chunk, 4, width)
     wrap_triton(join_backward_kernel)[(tokens // chunk, images)](
         d_total, d_normed, total, branch, gate, scale, mean, rstd, d_x, d_branch, sums, gate.stride(0), scale.stride(0),
         tokens=tokens, width=width, block=triton.next_power_of_2(width), chunk=chunk, stages=STAGES,
-        num_warps=BACKWARD_WARPS,
+        num_warps=WARPS,
     )  # fmt: skip
-    return d_x, d_branch, sums.sum(1)  # (B, T, D), (B, T, D), (B, 3, D)
+    return d_x, d_branch, sums.sum(1)  # (B, T, D), (B, T, D), (B, 4, D)
 
 
-def _save(ctx: object, inputs: tuple, output: tuple) -> None:
-    _, branch, gate, _, scale, _ = inputs
+def _save_join(ctx: object, inputs: tuple, output: tuple) -> None:
+    _, branch, gate, _, scale, _, _ = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(total, branch, gate, scale, mean, rstd)
 
 
-def _differentiate(ctx: object, d_total: Tensor, d_normed: Tensor, *unused: Tensor) -> tuple:
+def _differentiate_join(ctx: object, d_total: Tensor, d_normed: Tensor, *unused: Tensor) -> tuple:
     total, branch, gate, scale, mean, rstd = ctx.saved_tensors
     d_x, d_branch, sums = _join_backward_op(d_total, d_normed, total, branch, gate, scale, mean, rstd)
-    d_gate, d_shift, d_scale = sums.to(gate.dtype).unbind(1)
-    return d_x, d_branch, d_gate, d_shift, d_scale, None
+    d_gate, d_shift, d_scale = sums[:, :3].to(gate.dtype).unbind(1)
+    return d_x, d_branch, d_gate, d_shift, d_scale, sums[:, 3].sum(0), None
 
 
-_join_op.register_autograd(_differentiate, setup_context=_save)
+_join_op.register_autograd(_differentiate_join, setup_context=_save_join)
 
 
-def join(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def join(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """total (B, T, D) float32 and normed (B, T, D) of `branch`'s type, as at the top of this file.
 
     Args:
         x: (B, T, D) float32, the residual stream.
         branch: (B, T, D), the output of the attention or MLP before.
         gate, shift, scale: (B, D), rows contiguous.
+        bias: (D,) float32, which `branch` contains, detached.
         eps: of LayerNorm.
     """
-    total, normed, _, _ = _join_op(x, branch, gate, shift, scale, eps)
+    total, normed, _, _ = _join_op(x, branch, gate, shift, scale, bias, eps)
     return total, normed
 
 
+@triton.jit
+def activate_kernel(hidden, active, numel, block: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(hidden + places, mask=places < numel, other=0.0).to(tl.float32)
+    result = value * tl.sigmoid((value + value * value * value * GELU_CUBE) * GELU_SLOPE)
+    tl.store(active + places, result.to(active.dtype.element_ty), mask=places < numel)
+
+
+@triton.jit
+def activate_backward_kernel(
+    d_active, hidden, d_hidden, sums, rows,
+    width: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, span: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    total = tl.zeros([columns], tl.float32)
+    for step in tl.range(0, span, tile, num_stages=stages):
+        row = part * span + step + tl.arange(0, tile)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        places = row[:, None] * width + column[None, :]
+        value = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(d_active + places, mask=inside, other=0.0).to(tl.float32)
+        square = value * value * GELU_CUBE
+        share = tl.sigmoid(value * (square + 1) * GELU_SLOPE)
+        gradient *= share + value * share * (1 - share) * (3 * square + 1) * GELU_SLOPE
+        tl.store(d_hidden + places, gradient.to(d_hidden.dtype.element_ty), mask=inside)
+        total += tl.sum(gradient, 0)
+    tl.store(sums + part * width + column, total, mask=column < width)
+
+
+@triton_op("gmem::activate", mutates_args=())
+def _activate_op(hidden: Tensor, bias: Tensor) -> Tensor:
+    hidden = hidden.contiguous()
+    active, block = torch.empty_like(hidden), COLUMNS * TILE
+    wrap_triton(activate_kernel)[(triton.cdiv(hidden.numel(), block),)](
+        hidden, active, hidden.numel(), block=block, num_warps=WARPS
+    )
+    return active
+
+
+@triton_op("gmem::activate_backward", mutates_args=())
+def _activate_backward_op(d_active: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    d_active, hidden = d_active.contiguous(), hidden.contiguous()
+    width = hidden.shape[-1]
+    rows = hidden.numel() // width
+    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, ROWS)
+    sums = hidden.new_empty(parts, width, dtype=torch.float32)
+    wrap_triton(activate_backward_kernel)[(parts, triton.cdiv(width, COLUMNS))](
+        d_active, hidden, d_hidden, sums, rows,
+        width=width, columns=COLUMNS, tile=TILE, span=ROWS, stages=STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    return d_hidden, sums.sum(0)
+
+
+def _save_hidden(ctx: object, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _differentiate_activate(ctx: object, d_active: Tensor) -> tuple[Tensor, Tensor]:
+    return _activate_backward_op(d_active, *ctx.saved_tensors)
+
+
+_activate_op.register_autograd(_differentiate_activate, setup_context=_save_hidden)
+
+
+def activate(hidden: Tensor, bias: Tensor) -> Tensor:
+    """GELU, in its tanh form, of hidden (B, T, 4·D), which contains `bias` (4·D,) float32, detached."""
+    return _activate_op(hidden, bias)
+
+
+def detached(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer that leaves its bias's gradient to the kernel that comes next."""
+    return F.linear(x, layer.weight, layer.bias.detach())
+
+
+def attend(packed: bool, layer: nn.Module, x: Tensor) -> Tensor:
+    """timm's `Attention` of x (B, T, D) up to its last layer; `packed`: by models/attention.py, where it fits."""
+    if packed and fits(layer, x):
+        return attention(layer.qkv(x), layer.num_heads)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, S) each
+    return F.scaled_dot_product_attention(layer.q_norm(q), layer.k_norm(k), v).transpose(1, 2).flatten(2)
+
+
 def run_block(
-    packed: bool, block: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, c: Tensor
+    packed: bool, block: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A `SiTBlock` on x + gate·branch; its own last residual is handed on in the same way, (x, branch, gate).
-
-    `packed`: attention by models/attention.py, where it fits.
-    """
+    """A `SiTBlock` on x + gate·branch, where `branch` contains `bias`; its own last residual is handed on in the same
+    way, (x, branch, gate), its bias that of the last layer."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
-    x, normed = join(x, branch, gate, shift1, scale1, block.norm1.eps)
-    layer = block.attn
-    if packed and fits(layer, normed):
-        attended = layer.proj(attention(layer.qkv(normed), layer.num_heads))  # (B, T, D)
-    else:
-        attended = layer(normed)  # (B, T, D)
-    x, normed = join(x, attended, gate1, shift2, scale2, block.norm2.eps)
-    return x, block.mlp(normed), gate2.contiguous()  # of the first block's strides, so that one graph serves all
+    layer, mlp = block.attn, block.mlp
+    x, normed = join(x, branch, gate, shift1, scale1, bias, block.norm1.eps)
+    attended = detached(layer.proj, attend(packed, layer, normed))  # (B, T, D)
+    x, normed = join(x, attended, gate1, shift2, scale2, layer.proj.bias, block.norm2.eps)
+    hidden = activate(detached(mlp.fc1, normed), mlp.fc1.bias)  # (B, T, 4·D)
+    return (
+        x,
+        detached(mlp.fc2, hidden),
+        gate2.contiguous(),
+    )  # of the first block's strides, so that one graph serves all
 
 
-def finish(layer: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, c: Tensor) -> Tensor:
-    """A `FinalLayer` on x + gate·branch: patches (B, T, p²·C)."""
+def finish(layer: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, c: Tensor) -> Tensor:
+    """A `FinalLayer` on x + gate·branch, where `branch` contains `bias`: patches (B, T, p²·C)."""
     shift, scale = layer.adaLN_modulation(c).chunk(2, dim=-1)
-    _, normed = join(x, branch, gate, shift, scale, layer.norm_final.eps)
+    _, normed = join(x, branch, gate, shift, scale, bias, layer.norm_final.eps)
     return layer.linear(normed)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.sit import SiT, checkpointed
@@ -75,12 +75,15 @@ def fused_velocity(
     tokens = []
     branch = network.x_embedder(x).contiguous()  # (B, T, D); the patches are the branch that joins the positions
     x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
+    bias = nn.Parameter(torch.zeros_like(network.blocks[0].mlp.fc2.bias))
     if torch.is_grad_enabled():  # of no use, but so the first block needs no other graph than the next ones
-        x.requires_grad_(), gate.requires_grad_()
+        x, gate = x.requires_grad_(), gate.requires_grad_()
     run = partial(checkpointed, run_block) if network.checkpoint_activations else run_block
     for depth, block in enumerate(network.blocks, start=1):
-        x, branch, gate = run(block, x, branch, gate, c)  # (B, T, D), (B, T, D), (B, D)
+        x, branch, gate = run(block, x, branch, gate, bias, c)  # (B, T, D), (B, T, D), (B, D)
+        bias = block.mlp.fc2.bias
         if return_tokens and depth == network.align_depth:
-            tokens = [head(x + gate[:, None] * branch) for head in network.projectors]  # (B, T, F) each
-    velocity = network.unpatchify(finish(network.final_layer, x, branch, gate, c))  # (B, C, H, W)
+            now = x + gate[:, None] * (branch + (bias - bias.detach()))  # `branch` itself hides the bias's gradient
+            tokens = [head(now) for head in network.projectors]  # (B, T, F) each
+    velocity = network.unpatchify(finish(network.final_layer, x, branch, gate, bias, c))  # (B, C, H, W)
     return (velocity, tokens) if return_tokens else velocity

@@ -23,13 +23,19 @@ class Replay:
     """
 
     def __init__(self, micro_step: Callable[..., Tensor]):
-        self.micro_step, self.shapes = micro_step, None
+        self.micro_step = micro_step
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as after a change of what `micro_step` does."""
+        self.shapes, self.steps, self.graphs = None, 0, {}
+        self.pool = torch.cuda.graph_pool_handle()  # one, because the graphs of a step never run at the same time
 
     def __call__(self, first: bool, last: bool, *inputs: object) -> Tensor:
         shapes = [(tensor.shape, tensor.dtype) for tensor in leaves(inputs)]
         if shapes != self.shapes:
-            self.shapes, self.steps, self.graphs = shapes, 0, {}
-            self.pool = torch.cuda.graph_pool_handle()  # one, because the graphs of a step never run at the same time
+            self.forget()
+            self.shapes = shapes
         self.steps += first
         if self.steps <= WARM_STEPS:
             return self.micro_step(first, last, *inputs)
