@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from pathlib import Path
 import accelerate
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -48,6 +46,7 @@ from models.replay import Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
+from scripts.stop import StopSignal, leave_signals_alone
 
 # What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
 FREE = (
@@ -60,7 +59,6 @@ HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS = 64, 50
 HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
 TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
-SECOND_SIGNAL = 130  # exit status when a second signal cuts a step short
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -177,41 +175,6 @@ def build(args: argparse.Namespace, data: Pairs) -> SiT:
     if data.with_labels:
         given["num_classes"] = data.meta["num_classes"]
     return SiT_models[args.model](**given, **model_options(args.model_options))
-
-
-class StopSignal:
-    """SIGTERM or SIGINT: the first asks for a stop after the running step, a second leaves at once."""
-
-    def __init__(self):
-        self.received = False
-        multiple = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if multiple else None
-
-    def __enter__(self) -> "StopSignal":
-        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received:
-            os._exit(SECOND_SIGNAL)
-        self.received = True
-
-    def agreed(self) -> bool:
-        """Whether any process was told to stop; every process gets the same answer, without waiting for its GPU."""
-        flag = torch.tensor(int(self.received))
-        if self.group:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
-
-
-def leave_signals_alone(worker: int) -> None:
-    """Start of a reading process: launchers signal the whole process group, and the training process decides."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Trainer:
@@ -538,7 +501,7 @@ class Trainer:
             total=args.steps * args.batch_size, initial=self.step * args.batch_size, unit="img", disable=not main
         )
         began, since = time.perf_counter(), self.step
-        with StopSignal() as stop, fast_attention(self.device):
+        with StopSignal(TIMEOUT) as stop, fast_attention(self.device):
             for batch in self.batches():
                 self.train_step(batch)
                 bar.update(args.batch_size)
