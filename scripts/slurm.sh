@@ -19,9 +19,10 @@ cd "${SLURM_SUBMIT_DIR:?is not set: start this by sbatch}"
 : "${1:?which recipe? sbatch scripts/slurm.sh scripts/train-gmem-xl.sh}"
 NODES=$SLURM_JOB_NUM_NODES
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-PORT=$((20000 + SLURM_JOB_ID % 20000))    # jobs may share a node
-STATUS_WHEN_STOPPED=0                     # else the first node to leave would end the others while they save
+PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs may share a node
+STATUS_WHEN_STOPPED=0                  # else the first node to leave would end the others while they save
 export NODES HEAD PORT STATUS_WHEN_STOPPED
+unset NODE # every task has its own, SLURM_NODEID
 stopped='' status=0
 trap 'stopped=yes' USR1
 srun --kill-on-bad-exit=1 --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$@" &

@@ -7,6 +7,9 @@
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
 # Time      estimate at 400 images/s a GPU (387 to 452 on one H200 without alignment, benchmarks/results): 400,000 · 256
 #           / (8 · 400) = 32,000 s = 9 hours on eight; STEPS=2000000 takes 44
+# Alignment estimate: the encoder adds 2 · 86M · 257 = 44 GFLOP an image to the step's 3 · 237 = 712, 6%, and needs the
+#           store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added, but they
+#           take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
 # Expected  published, FID-50K without guidance: 5.75 at 250,000 steps, 3.56 at 2,000,000. Not yet reproduced
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"

@@ -558,6 +558,7 @@ def test_two_nodes_train_until_the_time_limit_and_continue(site, slurm):
     out = site / "nodes"
     places = {"STORE": site / "store", "BANK": site / "bank", "OUT": out, "GMEM_WEIGHTS": site / "weights"}
     places |= {"SIZE": 64, "BATCH": 4, "MODEL": "SiT-Ti/2", "ALIGN": 0}
+    places["NODE"] = 7  # a stray variable of the shell that submits
     flags = ["scripts/train-gmem-xl.sh", "--log-every", 1, "--eval-every", 0, "--sample-every", 0, "--workers", 0]
     job, spool = slurm(*flags, nodes=2, STEPS=1_000_000, **places)
     wait_for(lambda: job.poll() is not None or len(bench.losses(out)) > 2)
