@@ -37,7 +37,7 @@ from memory.output import Output
 from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
-from models.inference import round_weights, simplify_gelu
+from models.inference import round_weights
 from models.kernels import compile_blocks, fast_attention
 from models.sit import SiT
 from samplers import (
@@ -288,7 +288,6 @@ class Generator:
     def compile(self, batch_size: int, decoder: bool = True) -> None:
         """Compile for batches of this size, to which smaller ones will be padded, by making one in two steps."""
         for network in {self.model, self.guide} - {None}:
-            simplify_gelu(network)
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
