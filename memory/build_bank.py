@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
-from memory.files import atomic, check_folder, read_json, remove_stale, sha256
+from memory.claim import claimed
+from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    say, began = tqdm.write if state.is_main_process else lambda line: None, time.perf_counter()
+    say = tqdm.write if state.is_main_process else lambda line: None
 
     args.encoder = args.encoder or only_encoder(args.store)
     store, beside = LatentDataset(args.store, args.encoder), args.store.with_name(f"{args.store.name}-holdout")
@@ -81,7 +82,22 @@ def main(argv: list[str] | None = None) -> None:
         (args.out / UNFINISHED).unlink(missing_ok=True)
         say(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
         return
-    remove_stale(args.out)
+    with claimed("--out", args.out, state.is_main_process):
+        build(args, store, holdout, settings, state, argv)
+    say(f"wrote {args.out / 'bank.pth'}")
+    state.destroy_process_group()
+
+
+def build(
+    args: argparse.Namespace,
+    store: LatentDataset,
+    holdout: LatentDataset | None,
+    settings: dict,
+    state: PartialState,
+    argv: list[str] | None,
+) -> None:
+    """Make the bank and its report, and write them."""
+    say, began = tqdm.write if state.is_main_process else lambda line: None, time.perf_counter()
     say(requirements(args.out, settings, len(store), store.num_views, state))
     for part in filter(None, (store, holdout)):
         check_features(part, state)
@@ -102,8 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         bank.save(args.out / "bank.pth")
         (args.out / UNFINISHED).unlink()
     say_report(report, say)
-    say(f"wrote {args.out / 'bank.pth'}")
-    state.destroy_process_group()
 
 
 def only_encoder(store: Path) -> str:

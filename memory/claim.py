@@ -1,6 +1,7 @@
 """A folder that one command writes to at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -29,9 +30,17 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
         yield
         return
     check_folder(flag, folder)
-    path = Path(folder) / CLAIM
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path) as file:
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = lock(folder / CLAIM)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield  # nobody writes here; a finished result can still be recognised
+        return
+    with file:
         remove_stale(folder)
         file.truncate(0)
         command = " ".join((Path(sys.argv[0]).name, *sys.argv[1:]))
@@ -40,7 +49,10 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            (folder / CLAIM).unlink(missing_ok=True)
+            if made:  # leave nothing if nothing came of it
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def lock(path: Path) -> TextIO:

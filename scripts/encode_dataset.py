@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import FORMAT, LABELS, NAMES, PROGRESS, layout, read_meta
+from memory.claim import claimed
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
@@ -121,14 +122,18 @@ def main(argv: list[str] | None = None) -> None:
         encoder = load_encoder(name, args.encoder_weights, **place) if name else None
 
     jobs = jobs_to_add(args, source, encoder) if args.add else new_jobs(args, source, codec, encoder)
-    begun = from_main(state, lambda: prepare(jobs, source))
-    jobs = [(job, progress.done) for job, progress in zip(jobs, begun, strict=True) if progress]
-    speed_up(codec, encoder, args.compile, sum((~done).sum() for _, done in jobs) // state.num_processes, state.device)
-    for job, done in jobs:
-        encode_job(job, done, source, codec, encoder, args, state)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish([job for job, _ in jobs], source, args.skip_broken, provenance(argv, state.num_processes))
+    with contextlib.ExitStack() as claims:
+        for job in jobs:
+            claims.enter_context(claimed("--out", job.path, state.is_main_process))
+        begun = from_main(state, lambda: prepare(jobs, source))
+        jobs = [(job, progress.done) for job, progress in zip(jobs, begun, strict=True) if progress]
+        left = sum((~done).sum() for _, done in jobs) // state.num_processes
+        speed_up(codec, encoder, args.compile, left, state.device)
+        for job, done in jobs:
+            encode_job(job, done, source, codec, encoder, args, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish([job for job, _ in jobs], source, args.skip_broken, provenance(argv, state.num_processes))
     state.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import LABELS, META, NAMES, PROGRESS, layout
+from memory.claim import CLAIM
 from memory.files import atomic, read_json, remove_stale, write_json
 from scripts.sources import Source
 
@@ -94,7 +95,7 @@ class Job:
                 present[key] = {name: value for name, value in present[key].items() if name in self.meta[key]}
             self.compare(present)
             return None
-        if not self.extends and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not self.extends and any(file.name != CLAIM for file in self.path.glob("*")):
             raise ValueError(f"--out {self.path} is neither empty nor a store: choose another folder")
         return Progress(np.zeros(len(self.rows), bool))
 

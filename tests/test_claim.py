@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from memory.claim import claimed
+from memory.files import HOST
 
 
 def test_a_claimed_folder_is_refused_and_its_holder_named(tmp_path, monkeypatch):
@@ -20,9 +21,10 @@ def test_a_claimed_folder_is_refused_and_its_holder_named(tmp_path, monkeypatch)
         with claimed("--out", folder, claim=False):
             pass
         assert [path.name for path in folder.iterdir()] == [".claim"]
-    assert list(folder.iterdir()) == []
+    assert not folder.exists(), "an empty folder that the claim had made"
     with claimed("--out", folder):
-        pass
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
@@ -34,6 +36,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
     process.start()
     process.join()
     assert (tmp_path / ".claim").exists()
+    (tmp_path / f".result.{HOST}-{process.pid}.tmp.npy").touch()
     with claimed("--out", tmp_path):
         (tmp_path / "result").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
