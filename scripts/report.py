@@ -69,7 +69,8 @@ class Result:
         self.made = self.json["samples"][0]["made"]
         self.settings, self.run = self.made.get("settings", {}), self.made.get("run") or {}
         self.trained = self.run.get("trained") or {}
-        self.title = Path(self.json["samples"][0]["path"]).with_suffix("").as_posix()
+        file = Path(self.json["samples"][0]["path"])
+        self.title = file.parent.name if file.name == "samples.npz" else file.stem  # as sample_ddp.py names it
 
     @property
     def method(self) -> str | None:

@@ -224,7 +224,7 @@ def test_a_result_in_the_snippets_family_stands_apart(made, capsys):
     (row,) = lines(page, "Not for comparison: the network is of the snippets' family")
     metrics = read(made.result)["metrics"]
     assert {name: row[name] for name in metrics} == {name: f"{value:.4g}" for name, value in metrics.items()}
-    assert (row["steps"], row["sampled by"]) == ("4", "sde 3")
+    assert (row["samples"], row["steps"], row["sampled by"]) == ("samples", "4", "sde 3")
     for row in lines(page, "Published and reproduced"):
         assert row["figures are"] == "quoted" or not row["FID"]
 
