@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from loss import interpolants
 from memory.bank import read_snippets, snippet_rules
+from memory.claim import claimed
 from memory.files import sha256
 from memory.output import Output
 from memory.provenance import peak_memory, provenance
@@ -345,26 +346,40 @@ def main(argv: list[str] | None = None) -> None:
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     generator = Generator(args, state.device)
     output = Output(args.out, args.num_images, args.format, generator.settings)
-    [left] = broadcast_object_list([output.prepare() if state.is_main_process else None])
-    if left is None:
-        state.print(f"{args.out} is complete: {args.num_images} images")
-    else:
-        share = max(1, -(-len(left) // state.num_processes))  # images of each process
-        batch_size = min(args.batch_size, share)  # a short run is shared too
-        paid = share if args.compile is None and torch.cuda.is_available() else 0
-        with fitting(batch_size):
-            if args.compile or paid >= COMPILE_FROM:
-                generator.compile(batch_size, decoder=args.compile or paid >= COMPILE_DECODER_FROM)
-            start = time.perf_counter()
-            generate(generator, output, left, batch_size, state.process_index, state.num_processes)
-        if state.is_main_process:
-            output.pack()
-            rate = len(left) / (time.perf_counter() - start)
-            run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": batch_size}
-            run |= {"compiled": generator.batch_size is not None, "peak_bytes": peak_memory()}
-            output.finish(run | {"generated": len(left), "images_per_second": rate})
-            print(f"{args.num_images} images in {args.out}; {len(left)} of them now, {rate:.2f} images/s")
+    with claimed("--out", args.out, state.is_main_process):
+        [left] = broadcast_object_list([output.prepare() if state.is_main_process else None])
+        if left is None:
+            state.print(f"{args.out} is complete: {args.num_images} images")
+        else:
+            complete(args, generator, output, left, state, argv)
     state.destroy_process_group()
+
+
+def complete(
+    args: argparse.Namespace,
+    generator: Generator,
+    output: Output,
+    left: np.ndarray,
+    state: accelerate.PartialState,
+    argv: list[str] | None,
+) -> None:
+    """Generate the images `left`, and pack all."""
+    share = max(1, -(-len(left) // state.num_processes))  # images of each process
+    batch_size = min(args.batch_size, share)  # a short run is shared too
+    paid = share if args.compile is None and torch.cuda.is_available() else 0
+    with fitting(batch_size):
+        if args.compile or paid >= COMPILE_FROM:
+            generator.compile(batch_size, decoder=args.compile or paid >= COMPILE_DECODER_FROM)
+        start = time.perf_counter()
+        generate(generator, output, left, batch_size, state.process_index, state.num_processes)
+    if not state.is_main_process:
+        return
+    output.pack()
+    rate = len(left) / (time.perf_counter() - start)
+    run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": batch_size}
+    run |= {"compiled": generator.batch_size is not None, "peak_bytes": peak_memory()}
+    output.finish(run | {"generated": len(left), "images_per_second": rate})
+    print(f"{args.num_images} images in {args.out}; {len(left)} of them now, {rate:.2f} images/s")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from memory.files import atomic, check_folder, free_space, read_json, write_json
+from memory.files import atomic, free_space, read_json, write_json
 
 PREVIEW = 64  # images in the preview grid
 CHUNK = 1 << 24  # bytes copied at once
@@ -38,13 +38,14 @@ class Output:
         self.writing: Future | None = None
 
     def prepare(self) -> np.ndarray | None:
-        """Make or check the folder, in one process; returns the numbers of the images left to generate, or
-        None if the run is complete.
+        """Check the folder, which this process has claimed, and make it ready for the images that are left.
+
+        Returns:
+            Their numbers (n,), or None if the run is complete.
 
         Raises:
             ValueError: it holds other images, or more of them, or the disk is too small.
         """
-        check_folder("--out", self.folder)
         old, done = None, np.zeros(self.num_images, np.uint8)
         if self.json.exists():
             old = read_json(self.json)
@@ -60,9 +61,6 @@ class Output:
             self._tidy()
             return None
         self._check_disk(len(left))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*.tmp.*"):  # of a killed process
-            stale.unlink()
         if self.npz:
             with open(self.pixels, "ab"):
                 os.truncate(self.pixels, self.num_images * self.image_bytes)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from memory import output
 from memory.bank import MemoryBank
-from memory.files import sha256
+from memory.files import HOST, sha256
 from models.autoencoder import load_codec, to_uint8
 from models.checkpoint import load_model
 from models.sit import SiT, SiT_models
@@ -207,7 +207,7 @@ def test_the_same_command_continues(folder, tmp_path, monkeypatch):
     interrupted(monkeypatch, 2, folder, part, "--batch-size", 2)
     assert not (part / "samples.npz").exists()
     assert not json.loads((part / "samples.json").read_text())["complete"]
-    (part / ".000005.99.tmp.png").write_bytes(b"half an image")
+    (part / f".000005.{HOST}-{2**22 + 1}.tmp.png").write_bytes(b"half an image")  # of a process that is gone
 
     main(command(folder, part, "--batch-size", 2))
     facts = json.loads((part / "samples.json").read_text())
