@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.sit import SiT, checkpointed
 
-CUDNN_CAPABILITY = (9, 0)  # the first where cuDNN's attention is the faster one at head dimension 72: Hopper
+HOPPER = (9, 0)  # the first where cuDNN's attention is the faster one at head dimension 72; for it models/attention.py
 TRITON_CAPABILITY = (8, 0)  # the first with bf16
 
 
@@ -24,7 +24,7 @@ def attention_backends(device: torch.device | str) -> list[SDPBackend]:
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     device = torch.device(device)
     cudnn = device.type == "cuda" and torch.backends.cudnn.is_available()
-    if cudnn and torch.cuda.get_device_capability(device) >= CUDNN_CAPABILITY:
+    if cudnn and torch.cuda.get_device_capability(device) >= HOPPER:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return backends
 
@@ -60,7 +60,7 @@ def compile_blocks(network: SiT, fuse: bool | None = None, **options: object) ->
     if can_fuse(network.pos_embed.device) if fuse is None else fuse:
         from models.fused import finish, run_block  # here, because Triton is not everywhere
 
-        packed = SDPBackend.CUDNN_ATTENTION in attention_backends(network.pos_embed.device)
+        packed = torch.cuda.get_device_capability(network.pos_embed.device) == HOPPER
         run, end = (torch.compile(function, dynamic=False, **options) for function in (run_block, finish))
         network.velocity = partial(fused_velocity, network, partial(run, packed), end)
         return

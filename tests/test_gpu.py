@@ -1,5 +1,6 @@
 """On a GPU: a network trains in bf16 with compiled blocks, continues, and samples what the CPU samples."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_train import command, final, folder, log, write_bank, write_store  # n
 import sample_ddp
 import train
 from models import replay
+from models.update import Update
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +86,20 @@ def test_replayed_steps_train_as_those_that_are_not(folder, monkeypatch):  # noq
     one, two = (final(folder / name)["ema"] for name in ("launched", "replayed"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_update_is_the_cpus():
+    """Where clipping changes the gradients, which on a GPU happens inside the optimiser's kernel."""
+    torch.manual_seed(0)
+    network, gradients = torch.nn.Linear(64, 64), torch.randn(3, 64, 64)
+    updates = {device: Update(copy.deepcopy(network).to(device), 1e-3, 0.999, 0.1, 0.9) for device in ("cpu", "cuda")}
+    for step, gradient in enumerate(gradients):
+        norms = []
+        for device, update in updates.items():
+            for parameter, grad in zip(update.parameters, (gradient, gradient[0]), strict=True):
+                parameter.grad = grad.to(device)
+            norms.append(update(step).item())
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for part in ("parameters", "averages"):
+        for a, b in zip(getattr(updates["cpu"], part), getattr(updates["cuda"], part), strict=True):
+            torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-6)
