@@ -18,7 +18,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: start this by sbatch}"
 : "${1:?which recipe? sbatch scripts/slurm.sh scripts/train-gmem-xl.sh}"
 NODES=$SLURM_JOB_NUM_NODES
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${HEAD%%$'\n'*} # the first line; a pipe to head could break under scontrol and end this script
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs may share a node
 STATUS_WHEN_STOPPED=0                  # else the first node to leave would end the others while they save
 export NODES HEAD PORT STATUS_WHEN_STOPPED

@@ -15,6 +15,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -435,7 +436,12 @@ SLURM = {
     """,
     "scontrol": """
         case "$1" in
-            show) for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do echo localhost; done ;;
+            show)
+                for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+                    echo localhost || exit
+                    sleep 0.1
+                done
+                ;;
             requeue) echo "$2" >>"$SPOOL/requeued" ;;
         esac
     """,
@@ -494,7 +500,9 @@ def slurm(tmp_path, root, environment):
 
     yield submit
     for job in jobs:
-        job.kill()
+        left = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
+        for process in (job, *left):  # of a test that failed
+            process.kill()
 
 
 def wait_for(condition, seconds=120):
@@ -522,7 +530,7 @@ def test_a_job_that_ends_is_not_queued_again(tmp_path, environment, slurm, how, 
 def test_the_time_limit_saves_and_queues_again(tmp_path, environment, slurm, how, nodes):
     variables = {"HOW": how, "PATIENCE": 1 if how == "stubborn" else 30, **worker(tmp_path, environment)}
     job, spool = slurm("scripts/train-gmem-b.sh", nodes=nodes, **variables)
-    wait_for(lambda: len(list(spool.glob("working *"))) == nodes)
+    wait_for(lambda: job.poll() is not None or len(list(spool.glob("working *"))) == nodes)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0, (spool / "log").read_text()
     assert (spool / "requeued").read_text() == "4242\n"
