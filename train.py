@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from dataset import StepSampler, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
-from memory.files import atomic, check_folder, free_space, read_json, write_json
+from memory.claim import claimed
+from memory.files import atomic, check_folder, free_space, read_json, remove_stale, write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
@@ -289,11 +290,9 @@ class Trainer:
         """Continue from the latest checkpoint, or start."""
         self.wandb = None
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
             if self.args.wandb:
                 self.wandb = start_wandb(self.args, self.out)
-            for stale in (self.out / "checkpoints").glob(".*.tmp.pt"):  # of a killed process
-                stale.unlink()
+            remove_stale(self.out / "checkpoints", self.out / "samples")
         if self.checkpoints:
             self.load(self.checkpoints[-1])
 
@@ -630,13 +629,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         accelerator.print(describe(args, trainer.network, accelerator.num_processes, trainer.facts))
         return
-    trainer.resume()
-    if trainer.step >= args.steps:
-        accelerator.print(f"{args.out} is at step {trainer.step:,} already; raise --steps to go on")
-        return
-    trainer.note(provenance(argv, accelerator.num_processes))
-    trainer.prepare()
-    trainer.run()
+    with claimed("--out", args.out, accelerator.is_main_process):
+        trainer.resume()
+        if trainer.step >= args.steps:
+            accelerator.print(f"{args.out} is at step {trainer.step:,} already; raise --steps to go on")
+            return
+        trainer.note(provenance(argv, accelerator.num_processes))
+        trainer.prepare()
+        trainer.run()
     accelerator.end_training()
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import chaos
+from dataset import LatentDataset
+from memory.claim import CLAIM, claimed
 
 
 @pytest.fixture
@@ -62,6 +64,42 @@ def test_a_read_only_place_is_named(stages, stage, mount):
     main, words = redirected(stages, stage, place)
     with pytest.raises((ValueError, OSError), match=str(place)):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder"), [("encode", "store"), ("bank", "bank"), ("train", "run"), ("sample", "samples")]
+)
+def test_a_folder_in_which_another_command_works_is_refused(stages, stage, folder, tmp_path):
+    main, words = redirected(stages, stage, tmp_path)
+    with claimed("--out", tmp_path / folder):
+        with pytest.raises(ValueError, match=rf"{folder}: process \d+ on .* is writing to this folder"):
+            main(words)
+        assert [path.name for path in (tmp_path / folder).iterdir()] == [CLAIM]
+
+
+def test_ten_readers_of_a_store_that_is_extended(stages, tmp_path):
+    """While features are added, readers see the store as it was, and then with them; a second writer is refused."""
+    shutil.copytree(stages / "encode" / "store", tmp_path / "store")
+    shutil.copytree(stages / "encode" / "store-holdout", tmp_path / "store-holdout")
+    reader = (
+        "import sys, time, numpy as np\nfrom dataset import LatentDataset\nseen = set()\n"
+        "until = time.time() + float(sys.argv[2])\n"
+        "while time.time() < until:\n"
+        "    data = LatentDataset(sys.argv[1])\n"
+        "    rows = np.arange(len(data)); data.fetch(rows, rows % 2)\n"
+        "    seen.add(len(data.meta['encoders']))\n"
+        "print(*sorted(seen))\n"
+    )
+    words = [sys.executable, "-c", reader, str(tmp_path / "store"), "8"]
+    readers = [subprocess.Popen(words, cwd=chaos.ROOT, stdout=subprocess.PIPE, text=True) for _ in range(10)]
+    add = [str(stages / "images"), "--out", str(tmp_path / "store"), "--add", "efficientnet-lite0@48", "--workers", "0"]
+    chaos.encode_dataset.main(add)
+    outputs = [process.communicate()[0].split() for process in readers]
+    assert all(process.returncode == 0 for process in readers)
+    assert all(set(seen) <= {"1", "2"} for seen in outputs)
+    assert len(LatentDataset(tmp_path / "store", encoder="efficientnet-lite0@48")) == len(
+        LatentDataset(stages / "encode" / "store")
+    )
 
 
 def test_a_checkpoint_folder_that_vanishes_comes_back(stages, tmp_path, monkeypatch):
