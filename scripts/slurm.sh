@@ -32,7 +32,7 @@ wait "$step" || status=$?
 [ -n "$stopped" ] || exit "$status"
 
 echo "the time limit is near: saving, then requeueing"
-scancel --signal=USR1 "$SLURM_JOB_ID" # to the recipe on every node; launch.sh passes it on to the workers
+scancel --signal=USR1 "$SLURM_JOB_ID" || true # to the recipe on every node, if it still runs; launch.sh passes it on
 for ((second = 0; second < ${PATIENCE:-480}; second++)); do # whoever has not saved by then continues from before
     kill -0 "$step" 2>/dev/null || break
     sleep 1

@@ -433,6 +433,7 @@ SLURM = {
         [ "$*" = "--signal=USR1 $SLURM_JOB_ID" ] || exit 99
         tree() { for child in $(pgrep -P $1); do tree $child; done; kill -USR1 $1; }
         for task in $(cat "$SPOOL/tasks"); do tree $task; done
+        exit 1 # as where a task has just ended
     """,
     "scontrol": """
         case "$1" in
