@@ -104,3 +104,7 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
         "Sample it with `python sample_ddp.py --checkpoint FOLDER --out samples`, FOLDER being this one. Weights that "
         "others trained stay under the licence they were published with.\n"
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -50,6 +50,19 @@ def test_every_command_parses(root):
         importlib.import_module(module).parse(words)
 
 
+def test_every_command_is_a_program(root):
+    """A module with a `main` runs it when it is started; without that it would do nothing, and succeed."""
+    files = [
+        path
+        for folder in (".", "scripts", "memory", "evaluations", "benchmarks")
+        for path in root.glob(f"{folder}/*.py")
+    ]
+    with_main = [path for path in files if re.search(r"^def main\(", path.read_text(), re.M)]
+    assert {"train.py", "export.py", "build_bank.py", "evaluator.py"} <= {path.name for path in with_main}
+    for path in with_main:
+        assert re.search(r'\n\nif __name__ == "__main__":\n(    .*\n)*?    (.*\()?main\(', path.read_text()), path
+
+
 def test_every_script_and_file_exists(root):
     text = (root / "README.md").read_text()
     for script in re.findall(r"bash (scripts/[\w-]+\.sh)", text):
