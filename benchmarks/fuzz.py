@@ -9,6 +9,7 @@ an exception comes from inside a library, if it lasts over 10 s, takes over 1 GB
 """
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -299,10 +300,10 @@ def mutated_json(data: bytes, draw: random.Random) -> bytes:
             if draw.random() < 0.3:
                 del place[key]
             else:
-                place[key] = draw.choice(JSON_VALUES)
+                place[key] = copy.deepcopy(draw.choice(JSON_VALUES))
             break
     if draw.random() < 0.05:
-        value = draw.choice(JSON_VALUES)
+        value = copy.deepcopy(draw.choice(JSON_VALUES))
     return json.dumps(value).encode()
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -100,9 +99,11 @@ def framed(images: np.ndarray) -> Tensor:
     return F.pad(torch.from_numpy(images.copy())[:, None], (border,) * 4)
 
 
-def trained(images: Tensor, args: argparse.Namespace) -> AutoencoderKL:
+def trained(images: Tensor, args: argparse.Namespace) -> nn.Module:
     """An AutoencoderKL fitted to `images` (N, 1, 32, 32) uint8 and their mirror images; its weights are an exponential
     mean over about the last twentieth of the steps."""
+    from diffusers import AutoencoderKL  # here, because copying images must work where diffusers is not installed
+
     torch.manual_seed(args.seed)
     levels = len(args.widths)
     vae = AutoencoderKL(
@@ -157,7 +158,7 @@ def distortion(output: Tensor, images: Tensor, edges: float) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of sampled latents over `images` (N, 1, 32, 32) and their positions."""
     generator = torch.Generator(vae.device).manual_seed(0)
     sums = torch.zeros(2, LATENT_CHANNELS, dtype=torch.float64, device=vae.device)
@@ -169,7 +170,7 @@ def statistics(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def standardise(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
     """Give every latent channel mean 0 and standard deviation 1 without changing any reconstruction, by moving `mean`
     and `std` (C,) into the 1×1 convolutions on both sides of the latents."""
     into, out = vae.quant_conv, vae.post_quant_conv  # (2C, 2C, 1, 1) to mean and log-variance; (C, C, 1, 1) back
