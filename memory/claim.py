@@ -40,6 +40,7 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
             raise
         yield  # nobody writes here; a finished result can still be recognised
         return
+    os.register_at_fork(after_in_child=file.close)  # reading processes outlive a killed one for seconds
     with file:
         remove_stale(folder)
         file.truncate(0)
