@@ -29,6 +29,7 @@ from pathlib import Path
 import accelerate
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -50,11 +51,11 @@ from samplers import euler_sampler, noise
 from scripts.stop import StopSignal, leave_signals_alone
 
 # What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
-FREE = (
-    *("steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers", "wandb"),
-    *("micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path"),
-    *("resident", "checkpoint_activations"),
-)
+FREE = {
+    "steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers", "wandb",
+    "micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path",
+    "resident", "checkpoint_activations",
+}  # fmt: skip
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS = 64, 50
@@ -125,8 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--micro-batch {args.micro_batch}: expected at least 1")
     if not 0 <= args.ema_decay < 1 or not args.clip > 0 or not args.lr > 0:
         parser.error("expected 0 <= --ema-decay < 1, --clip > 0 and --lr > 0")
-    if args.align_encoder and args.align_coeff == 0:
-        parser.error(f"--align-encoder {args.align_encoder} is not read without --align-coeff (REPA: 0.5)")
+    for name in ("align_encoder", "align_encoder_weights"):
+        if (value := getattr(args, name)) and args.align_coeff == 0:
+            parser.error(f"--{name.replace('_', '-')} {value} is not read without --align-coeff (REPA: 0.5)")
     if "snippet" in args.condition and args.snippet_from == "nearest" and not args.bank:
         parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
     if "snippet" not in args.condition and args.bank:
@@ -186,9 +188,8 @@ class Trainer:
         self.facts = data.identity()
         self.out = Path(args.out)
         self.step = 0
-        self.sums = torch.zeros(
-            5, dtype=torch.float64, device=self.device
-        )  # loss, velocity, align, gradient norm, steps
+        # Sums since the last line of the log: loss, velocity, align, gradient norm, steps.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         self.bad_step = torch.tensor(-1, device=self.device)  # the first with a loss or gradient that is not finite
 
         processes = accelerator.num_processes
@@ -288,13 +289,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, or start."""
-        self.wandb = None
         if self.accelerator.is_main_process:
-            if self.args.wandb:
-                self.wandb = start_wandb(self.args, self.out)
             remove_stale(self.out / "checkpoints", self.out / "samples")
-        if self.checkpoints:
-            self.load(self.checkpoints[-1])
+        # The main process has claimed the folder; to the others, a checkpoint of just now may not show yet.
+        [latest] = broadcast_object_list(self.checkpoints[-1:] or [None])
+        if latest:
+            self.load(latest)
 
     def note(self, made: dict) -> None:
         """Write the settings, and where each part of the run was made, this one from the present step."""
@@ -319,9 +319,7 @@ class Trainer:
     def prepare(self) -> None:
         """Compile the blocks, wrap the network for mixed precision and several processes, and let steps be replayed."""
         replay = self.args.compile and self.device.type == "cuda"
-        if (
-            replay
-        ):  # a recording is made on the stream that DDP and all steps before it use, which must not be the first
+        if replay:  # recordings need a stream that is not the default, and the one of DDP and of all steps before
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             torch.cuda.set_stream(stream)
@@ -496,9 +494,9 @@ class Trainer:
         args, main = self.args, self.accelerator.is_main_process
         if main:
             self.rewind_log()
-        bar = tqdm(
-            total=args.steps * args.batch_size, initial=self.step * args.batch_size, unit="img", disable=not main
-        )
+        self.wandb = start_wandb(args, self.out) if main and args.wandb else None
+        total, done = args.steps * args.batch_size, self.step * args.batch_size
+        bar = tqdm(total=total, initial=done, unit="img", disable=not main)
         began, since = time.perf_counter(), self.step
         with StopSignal(TIMEOUT) as stop, fast_attention(self.device):
             for batch in self.batches():

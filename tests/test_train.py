@@ -162,6 +162,16 @@ def test_a_killed_run_repeats_its_lost_steps(folder, whole):
         train.main(command(folder, out, "--steps", 6))
 
 
+def test_every_process_continues_from_the_checkpoint_that_the_main_one_sees(folder, whole, monkeypatch, capsys):
+    """Between the checks and the claim the command before may have saved once more: processes must not differ."""
+    out = folder / "seen"
+    shutil.copytree(whole, out)
+    monkeypatch.setattr(train, "broadcast_object_list", lambda paths: [out / "checkpoints" / "0000003.pt"])
+    train.main(command(folder, out, "--steps", 6))
+    assert "0000003.pt at step 3" in capsys.readouterr().out
+    assert_same(final(whole)["ema"], final(out)["ema"])
+
+
 def test_accumulation_sees_the_same_data_and_noise(folder, whole):
     plain = ("--model-options", "snippet_dropout=0")
     train.main(command(folder, folder / "at-once", "--steps", 6, *plain))
@@ -447,6 +457,7 @@ def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
         (["--seed", "-1"], "--seed -1: expected at least 0"),
         (["--micro-batch", "0"], "--micro-batch 0: expected at least 1"),
         (["--align-encoder", "toy"], "not read without --align-coeff"),
+        (["--align-encoder-weights", "x.pt"], "--align-encoder-weights x.pt is not read without --align-coeff"),
         (["--clip", "-1"], "--clip > 0"),
         (["--eval-every", "-1"], "--eval-every -1"),
         (["--condition", "label"], "does not read --bank"),
