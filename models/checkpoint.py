@@ -83,10 +83,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def read_export(path: Path) -> dict:
-    """The same dictionary from a safetensors file of `scripts/export.py`.
+    """The same dictionary from a safetensors file of `scripts/export.py`; from any other, a state dict, as of authors.
 
     Raises:
-        ValueError: the file is no such file.
+        ValueError: the file is no safetensors file, or its configuration is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -94,7 +94,7 @@ def read_export(path: Path) -> dict:
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path} cannot be read as a safetensors file: {error}") from error
     if "config" not in metadata:
-        raise ValueError(f"checkpoint {path} says nothing of its network: it was not written by scripts/export.py")
+        return convert(state, path)
     with reading(f"checkpoint {path}, its configuration"):
         config = json.loads(metadata["config"])
         if config["bank"]:

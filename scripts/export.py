@@ -13,6 +13,7 @@ Writes  OUT/model.safetensors    the weights, with all else as JSON under "confi
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.format == "safetensors":
         with atomic(out / EXPORTED) as temporary:
             save_file(state, temporary, {"format": "pt", "config": json.dumps(config)})
+            shutil.copymode(out / "README.md", temporary)  # else its maker alone may read it
     else:
         with atomic(out / f"{config['steps'] or 0:07d}.pt") as temporary:
             torch.save({"ema": state, **config}, temporary)

@@ -510,6 +510,7 @@ def test_an_export_is_the_same_model(tmp_path, vae, capsys):
     model, _, bank = load_model(tmp_path / "gmem.pth")
     export.main([str(tmp_path / "gmem.pth"), "--out", str(tmp_path / "st")])
     assert {path.name for path in (tmp_path / "st").iterdir()} >= {"model.safetensors", "README.md", "bank.pth"}
+    assert len({path.stat().st_mode for path in (tmp_path / "st").iterdir()}) == 1  # who reads one reads all
     (tmp_path / "st").rename(tmp_path / "moved")
     export.main([str(tmp_path / "moved"), "--out", str(tmp_path / "pt"), "--format", "pt"])
     for folder in ("moved", "pt"):
@@ -538,10 +539,21 @@ def test_an_export_refuses_a_used_folder_and_can_leave_the_bank(tmp_path):
     assert len(load_model(tmp_path / "st", bank=tmp_path / "bank.pth")[2]) == len(FREQ)
 
 
-def test_other_safetensors_are_refused(tmp_path):
-    export.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="says nothing of its network"):
-        read_any(tmp_path / "a.safetensors")
+def test_other_safetensors_are_state_dicts(tmp_path):
+    """An author's weights are read from them, and what they are mistaken for is said as of torch's files."""
+    state = published_state("label", 8)
+    torch.save(state, tmp_path / "a.pt")
+    export.save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "a.safetensors")
+    expected, loaded = (load_model(tmp_path / name)[0].state_dict() for name in ("a.pt", "a.safetensors"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+    export.save_file({"quant_conv.weight": torch.zeros(8, 8, 1, 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"a VAE: pass it as(.|\n)*missing     x_embedder(.|\n)*unexpected  quant_conv"
+    ):
+        load_model(tmp_path / "a.safetensors")
+    export.save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a dictionary of nothing"):
+        load_model(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="cannot be read as a safetensors file"):
         read_any(tmp_path / "a.safetensors")
