@@ -38,7 +38,9 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
-        yield  # nobody writes here; a finished result can still be recognised
+        file = None
+    if file is None:  # nobody writes here; a finished result can still be recognised
+        yield
         return
     os.register_at_fork(after_in_child=file.close)  # reading processes outlive a killed one for seconds
     with file:

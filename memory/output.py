@@ -50,7 +50,7 @@ class Output:
         if self.json.exists():
             old = read_json(self.json)
             self._check_same(old)
-            marks = self._kept(old["num_images"]) if old["complete"] else np.fromfile(self.done, np.uint8)
+            marks = self._kept(old)
             done[: len(marks)] = marks[: self.num_images]
         elif self.archive.exists() or any(self.folder.glob("*.png")):
             raise ValueError(
@@ -74,11 +74,14 @@ class Output:
         write_json(self.json, self.facts)
         return left
 
-    def _kept(self, count: int) -> np.ndarray:
-        """Which images of a complete run of `count` are still there, (count,): files may have been removed since."""
-        if self.npz and not self.archive.exists():
-            return np.zeros(count, np.uint8)
-        return np.array([not self.png or self._png(image).exists() for image in range(count)], np.uint8)
+    def _kept(self, old: dict) -> np.ndarray:
+        """Which images of an earlier run are still there, (M,) uint8: files may have been removed since."""
+        needed = [self.archive] * self.npz if old["complete"] else [self.done, *[self.pixels] * self.npz]
+        if not all(file.exists() for file in needed):
+            return np.zeros(0, np.uint8)
+        marks = np.ones(old["num_images"], np.uint8) if old["complete"] else np.fromfile(self.done, np.uint8)
+        there = (not self.png or self._png(image).exists() for image in range(len(marks)))
+        return marks * np.fromiter(there, np.uint8, len(marks))
 
     def _check_same(self, old: dict) -> None:
         now = json.loads(json.dumps(self.facts["settings"]))

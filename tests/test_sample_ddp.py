@@ -242,6 +242,19 @@ def test_what_was_removed_from_a_complete_run_is_made_again(folder, run, tmp_pat
     assert almost_equal(pixels(out), pixels(run))
 
 
+@pytest.mark.parametrize("lost", [".done", ".pixels", "000000.png"])
+def test_what_an_unfinished_run_has_lost_is_made_again(folder, run, tmp_path, monkeypatch, lost):
+    """As a copy without hidden files has: the npz must not get black images for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "make_grid", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command(folder, tmp_path))
+    (tmp_path / lost).unlink()
+    main(command(folder, tmp_path))
+    assert set(os.listdir(tmp_path)) == set(os.listdir(run))
+    assert almost_equal(pixels(tmp_path), pixels(run))
+
+
 def test_a_run_that_stopped_before_packing_packs(folder, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(output, "make_grid", lambda *a, **k: 1 / 0)
