@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memory.files import reading, sha256, weights_folder
+from memory.files import read_json, reading, sha256, weights_folder
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
 DECODED_PIXELS_GPU = 2**20  # and on a GPU these, so that cards of 16 GB suffice
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # the two files of diffusers' folder format
+MOST_LAYERS = 32  # in a block; Stable Diffusion's have 2
 
 
 class Codec(Protocol):
@@ -93,6 +94,9 @@ class VAECodec:
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.memory_format = torch.contiguous_format
         self.sha256 = sha256(folder / WEIGHTS)
+        layers = read_json(folder / CONFIG).get("layers_per_block", 1)
+        if type(layers) is not int or not 0 < layers <= MOST_LAYERS:  # a damaged number would be built for hours
+            raise ValueError(f"{folder / CONFIG}: layers_per_block is {layers!r}, expected 1 to {MOST_LAYERS}")
         with reading(f"codec {name!r} in {folder}"):
             self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
             self.vae.to(self.device).eval().requires_grad_(False)

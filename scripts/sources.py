@@ -147,7 +147,7 @@ def zip_source(path: Path) -> ZipSource:
         with zipfile.ZipFile(path) as archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist() if is_image(entry.filename)}
             text = archive.read(LABELS_FILE).decode() if LABELS_FILE in archive.namelist() else None
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # of every kind, whatever is wrong with the file
         raise ValueError(f"source {path} is no zip file, or was cut short ({error})") from error
     return ZipSource(path, **described(path, sizes, text))
 

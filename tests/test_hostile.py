@@ -12,6 +12,7 @@ from benchmarks import fuzz
 from memory.files import reading
 
 CASES = 8  # of each reader
+FOUND = (("zip", 5240), ("vae-config", 5308), ("vae-config", 5385))  # that once ended in a library, or did not end
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def test_the_real_files_are_read(seeds):
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_mutated_files(seeds, name):
     assert fuzz.run([(name, number) for number in range(CASES)], seeds) == {}
+
+
+def test_cases_that_once_did_harm(seeds):
+    assert fuzz.run(list(FOUND), seeds) == {}
 
 
 @pytest.mark.parametrize("name", ["npz", "published", "samples.npz", "bank.pth", "checkpoint"])
