@@ -260,11 +260,8 @@ def run_block(
     attended = detached(layer.proj, attend(packed, layer, normed))  # (B, T, D)
     x, normed = join(x, attended, gate1, shift2, scale2, layer.proj.bias, block.norm2.eps)
     hidden = activate(detached(mlp.fc1, normed), mlp.fc1.bias)  # (B, T, 4·D)
-    return (
-        x,
-        detached(mlp.fc2, hidden),
-        gate2.contiguous(),
-    )  # of the first block's strides, so that one graph serves all
+    branch = detached(mlp.fc2, hidden)  # (B, T, D)
+    return x, branch, gate2.contiguous()  # of the first block's strides, so that one graph serves all
 
 
 def finish(layer: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, c: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.sit import SiT, checkpointed
 
-HOPPER = (9, 0)  # the first where cuDNN's attention is the faster one at head dimension 72; for it models/attention.py
+HOPPER = (9, 0)  # from here on cuDNN's attention is the faster one; for this generation alone is models/attention.py
 TRITON_CAPABILITY = (8, 0)  # the first with bf16
 
 
@@ -49,6 +49,12 @@ def can_fuse(device: torch.device | str) -> bool:
     return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
 
 
+def can_pack(device: torch.device | str) -> bool:
+    """Whether models/attention.py runs on this device, where `can_fuse`: cuDNN's attention, on a Hopper GPU."""
+    cudnn = SDPBackend.CUDNN_ATTENTION in attention_backends(device)
+    return cudnn and torch.cuda.get_device_capability(device) == HOPPER
+
+
 def compile_blocks(network: SiT, fuse: bool | None = None, **options: object) -> None:
     """Compile `network.blocks` in place, for static shapes; parameters and their names stay as they are.
 
@@ -57,12 +63,12 @@ def compile_blocks(network: SiT, fuse: bool | None = None, **options: object) ->
     kernels of models/fused.py and models/attention.py. `options` go to torch.compile.
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets; whole blocks overlap well enough
-    if can_fuse(network.pos_embed.device) if fuse is None else fuse:
+    device = network.pos_embed.device
+    if can_fuse(device) if fuse is None else fuse:
         from models.fused import finish, run_block  # here, because Triton is not everywhere
 
-        packed = torch.cuda.get_device_capability(network.pos_embed.device) == HOPPER
         run, end = (torch.compile(function, dynamic=False, **options) for function in (run_block, finish))
-        network.velocity = partial(fused_velocity, network, partial(run, packed), end)
+        network.velocity = partial(fused_velocity, network, partial(run, can_pack(device)), end)
         return
     for part in (*network.blocks, network.final_layer):
         part.compile(dynamic=False, **options)

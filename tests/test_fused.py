@@ -162,9 +162,16 @@ def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert kernels.attention_backends("cuda")[0].name.startswith(first)
         assert kernels.can_fuse("cuda")
+        assert kernels.can_pack("cuda") == (capability == (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not kernels.can_pack("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert not kernels.can_pack("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not kernels.can_fuse("cuda")
     assert not kernels.can_fuse("cpu")
+    assert not kernels.can_pack("cpu")
 
 
 if __name__ == "__main__":
