@@ -34,33 +34,15 @@ def best_tiles(
     _best_tiles[(triton.cdiv(len(rows), 2 * HALF), values.shape[1])](
         TensorDescriptor.from_tensor(rows, blocks[0], layouts[0]),
         TensorDescriptor.from_tensor(columns, blocks[1], layouts[1]),
-        values,
-        places,
-        len(rows),
-        first,
-        last,
-        per_split,
-        rows.shape[1] // DEPTH,
-        STAGES,
-        REGISTERS,
-        num_warps=4,
-    )
+        values, places, len(rows), first, last, per_split, rows.shape[1] // DEPTH, STAGES, REGISTERS, num_warps=4,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_rows", "first", "last", "per_split", "steps"])
 def _best_tiles(
-    row_blocks,
-    column_blocks,
-    values,
-    places,
-    num_rows,
-    first,
-    last,
-    per_split,
-    steps,
-    STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
-):
+    row_blocks, column_blocks, values, places, num_rows, first, last, per_split, steps,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
     """One block of rows against one split of the tiles, going on from the best so far."""
     HALF: gl.constexpr = row_blocks.block_type.shape[0]
     DEPTH: gl.constexpr = row_blocks.block_type.shape[1]

@@ -90,17 +90,9 @@ def best_tiles(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor,
             _best_tiles[(blocks, splits)](
                 TensorDescriptor.from_tensor(rows, [shape.rows, shape.depth]),
                 TensorDescriptor.from_tensor(columns, [shape.columns, shape.depth]),
-                values,
-                places,
-                len(rows),
-                *scope,
-                rows.shape[1],
-                shape.rows,
-                shape.columns,
-                shape.depth,
-                num_warps=shape.warps,
-                num_stages=shape.stages,
-            )
+                values, places, len(rows), *scope, rows.shape[1],
+                shape.rows, shape.columns, shape.depth, num_warps=shape.warps, num_stages=shape.stages,
+            )  # fmt: skip
     if splits == 1:
         return values[:, 0], places[:, 0]
     best = values.flatten(0, 1).topk(4, dim=0)
@@ -129,26 +121,9 @@ def candidates(
     below = torch.empty(len(row), dtype=torch.float32, device=row.device)
     if len(of):
         _candidates[(len(of),)](
-            rows,
-            columns,
-            row,
-            order,
-            threshold,
-            of,
-            start,
-            ends[of],
-            count,
-            first,
-            second,
-            below,
-            len(columns),
-            rows.shape[1],
-            PAIRS,
-            shape.columns,
-            shape.depth,
-            num_warps=shape.warps,
-            num_stages=3,
-        )
+            rows, columns, row, order, threshold, of, start, ends[of], count, first, second, below,
+            len(columns), rows.shape[1], PAIRS, shape.columns, shape.depth, num_warps=shape.warps, num_stages=3,
+        )  # fmt: skip
     return count, first, second, below
 
 
@@ -171,19 +146,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["num_rows", "first", "last", "per_split"])
 def _best_tiles(
-    row_blocks,
-    column_blocks,
-    values,
-    places,
-    num_rows,
-    first,
-    last,
-    per_split,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    row_blocks, column_blocks, values, places, num_rows, first, last, per_split, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """One block of rows against one split of the tiles `first` to `last`, going on from the best so far.
 
     Tiles and steps along the width are one loop, so that the loads of the next tile run during the last product of
@@ -233,24 +198,9 @@ def _best_tiles(
 
 @triton.jit(do_not_specialize=["num_columns"])
 def _candidates(
-    rows,
-    columns,
-    row,
-    order,
-    threshold,
-    tiles,
-    starts,
-    ends,
-    count,
-    first,
-    second,
-    below,
-    num_columns,
-    width,
-    PAIRS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    rows, columns, row, order, threshold, tiles, starts, ends, count, first, second, below, num_columns, width,
+    PAIRS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Up to PAIRS rows against one tile."""
     program = tl.program_id(0)
     place = tl.load(starts + program) + tl.arange(0, PAIRS)
