@@ -114,8 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--last-step {args.last_step}: expected a time between 0 and 1")
     if (args.guide is None) != (args.guidance_scale is None):
         parser.error("--guide and --guidance-scale need each other")
-    if args.guidance_channels is not None and not args.guide:
-        parser.error("--guidance-channels needs --guide")
+    if not args.guide and (args.guidance_channels is not None or args.guidance_interval != (0.0, 1.0)):
+        parser.error("--guidance-channels and --guidance-interval need --guide")
     if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
         parser.error(f"--guidance-interval {args.guidance_interval}: expected 0 <= LO <= HI <= 1")
     return args

@@ -208,7 +208,7 @@ def read_snippets(path: str) -> torch.Tensor:
     if not array.size or array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"--snippets {path} is {array.dtype} {array.shape}: expected M integers or (M, F) floats")
     vectors = torch.from_numpy(array.astype(np.float32))
-    bad = ~(vectors.isfinite().all(dim=1) & vectors.any(dim=1))  # (M,)
+    bad = undirected(vectors)  # (M,)
     if bad.any():
         raise ValueError(
             f"--snippets {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first"

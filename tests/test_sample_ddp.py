@@ -379,6 +379,8 @@ def test_precision_and_rounding(folder):
         (("--seed", "-1"), "--seed -1"),
         (("--guide", "null"), "need each other"),
         (("--guide", "null", "--guidance-scale", "2", "--guidance-interval", "0.5", "0.2"), "0 <= LO <= HI <= 1"),
+        (("--guidance-interval", "0.5", "0.7"), "need --guide"),
+        (("--guidance-channels", "3"), "need --guide"),
     ],
 )
 def test_bad_command_lines(folder, capsys, flags, message):
