@@ -7,8 +7,9 @@
 # Hardware  one GPU or more; image i is the same picture on any number
 # Memory    estimate: 4.7 GB, and what a batch takes: BATCH=32 for a small GPU
 # Disk      9.8 GB for the npz (50,000 · 256·256·3 bytes) and as much while it is written; PNG files on top
-# Time      3.5 images/s on one H200, not compiled (benchmarks/results): 50,000 / 3.5 = 14,300 s = 4 hours, half an
-#           hour on eight
+# Time      8.0 images/s on one H200, compiled as by default, BATCH=256, decoding and files included
+#           (benchmarks/results/sample-h200.json, random weights): 50,000 / 8.0 = 6,250 s = 1.7 hours; estimate for
+#           eight: 13 minutes
 # Expected  published: FID-50K 3.56. Not yet reproduced: the file was out of reach where this was written
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -2,14 +2,16 @@
 # GMem's first release: SiT-XL/2 on snippets, with the alignment of REPA. The same command again continues.
 #   bash scripts/train-gmem-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh. On one GPU the batch of 256 is accumulated.
-# Hardware  1, 2, 4 or 8 GPUs of 80 GB; MICRO_BATCH=32 for 40 GB, MICRO_BATCH=8 for 24
-# Memory    a GPU: 20 bytes · 683M parameters = 13.7 GB, and activations; the flag --dry-run prints an estimate
+# Hardware  1, 2, 4 or 8 GPUs of 80 GB; MICRO_BATCH=32 for 40 GB, MICRO_BATCH=8 for 24, or 16 with ALIGN=0
+# Memory    a GPU: 20 bytes · 683M parameters = 13.7 GB, and activations; the flag --dry-run prints an estimate. Measured
+#           without alignment on one H200: 58.4 GB at 128 images, 20.6 GB at 16 (benchmarks/results/train-memory.json)
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
-# Time      estimate at 400 images/s a GPU (387 to 452 on one H200 without alignment, benchmarks/results): 400,000 · 256
-#           / (8 · 400) = 32,000 s = 9 hours on eight; STEPS=2000000 takes 44
-# Alignment estimate: the encoder adds 2 · 86M · 257 = 44 GFLOP an image to the step's 3 · 237 = 712, 6%, and needs the
-#           store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added, but they
-#           take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
+# Time      one H200 without alignment: 511 images/s at 32 a step, 623 at 128, 488 at 16 within 22 GiB
+#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/511 + 1/8,009) = 480; two GPUs did 92% of
+#           twice one at 64 each; 400,000 · 256 / (8 · 480 · 0.92) = 29,000 s = 8 hours on eight, STEPS=2000000 40
+# Alignment the encoder alone does 8,009 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 6% of the time, and
+#           needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added,
+#           but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
 # Expected  published, FID-50K without guidance: 5.75 at 250,000 steps, 3.56 at 2,000,000. Not yet reproduced
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"
