@@ -60,7 +60,12 @@ micro_batch() { # micro_batch BATCH MOST: images of a forward pass, the largest 
 }
 
 need() { # need FILE NAMES ORIGIN: leave with what to do unless the checkpoint FILE is there; NAMES are fetch.sh's
+    case $1 in hf:*) return 0 ;; esac # a name on the hub
     [ ! -e "$1" ] || return 0
+    if [ -n "${CHECKPOINT:-}" ]; then
+        echo "CHECKPOINT=$1 is not there: expected a file, a run's folder, or hf:ORGANISATION/REPOSITORY/FILE@REVISION" >&2
+        exit 2
+    fi
     cat >&2 <<EOF
 $1 is not there ($3).
 On a machine with internet, this gets it and the VAE that decodes its latents into the folder $weights:

@@ -229,6 +229,11 @@ def test_images_of_other_weights_go_elsewhere(root, dry, tmp_path, checkpoint, f
     assert dry(root, "sample-gmem-xl-ode.sh", **variables)[2].out == f"samples/{folder}-ode"
 
 
+def test_a_name_on_the_hub_goes_through(root, dry):
+    name = f"hf:Tangentone/GMem/a.pth@{'0' * 40}"
+    assert dry(root, "sample-gmem-xl.sh", CHECKPOINT=name)[2].checkpoint == name
+
+
 def printed(dry, root, line):
     """The arguments that a printed command line ends in."""
     words = shlex.split(line)
@@ -269,6 +274,12 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
     assert "4.7 GB, of the hub repository Tangentone/GMem" in bash(
         root, environment, "sample-gmem-xl-ode.sh", status=2, GMEM_WEIGHTS=tmp_path
     )
+    for name, elsewhere in (("gmem-xl", "runs/none"), ("gmem-xl-ode", tmp_path / "none.pth")):
+        said = bash(root, environment, f"sample-{name}.sh", status=2, CHECKPOINT=elsewhere)
+        assert said.startswith(f"CHECKPOINT={elsewhere} is not there")
+        assert "fetch.sh" not in said
+    said = bash(root, environment, "evaluate.sh", tmp_path, "--quick", status=2, REF="ref.npz")
+    assert said == f"{tmp_path} is no run of train.py: it has no config.json\n"
     assert "IMAGENET: is not set: name the training images" in bash(root, environment, "encode-imagenet.sh", status=1)
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
 
