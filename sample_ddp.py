@@ -39,7 +39,7 @@ from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
-from models.kernels import compile_blocks, fast_attention
+from models.kernels import compile_blocks, compile_by_default, fast_attention
 from models.sit import SiT
 from samplers import (
     LABEL_DRAW,
@@ -366,7 +366,7 @@ def complete(
     """Generate the images `left`, and pack all."""
     share = max(1, -(-len(left) // state.num_processes))  # images of each process
     batch_size = min(args.batch_size, share)  # a short run is shared too
-    paid = share if args.compile is None and torch.cuda.is_available() else 0
+    paid = share if args.compile is None and compile_by_default() else 0
     with fitting(batch_size):
         if args.compile or paid >= COMPILE_FROM:
             generator.compile(batch_size, decoder=args.compile or paid >= COMPILE_DECODER_FROM)

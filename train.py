@@ -43,7 +43,7 @@ from memory.pairs import Pairs
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
-from models.kernels import compile_blocks, fast_attention
+from models.kernels import compile_blocks, compile_by_default, fast_attention
 from models.replay import Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--align-encoder", help="encoder of those patch tokens: in the store, or run online on the store's images")
     add("--align-encoder-weights", help="weights file of an encoder that runs online")
     add("--seed", type=int, default=0, help="seed of weights, data order and every draw")
-    add("--precision", choices=("bf16", "fp32"), help="autocast of the network; bf16 on a GPU, fp32 on a CPU")
+    add("--precision", choices=("bf16", "fp32"), help="of the network; bf16 on a GPU (where fp32 is tf32), else fp32")
 
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=5_000, help="steps between checkpoints")
@@ -109,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay; on with a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile and, on a GPU, replay; on with a GPU")
     add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
     args = parser.parse_args(argv)
 
@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     if args.compile is None:
-        args.compile = torch.cuda.is_available()
+        args.compile = compile_by_default()
     store = Path(args.store).resolve()
     beside = store.with_name(f"{store.name}-holdout")
     if args.holdout is None and beside.exists():

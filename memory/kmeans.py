@@ -121,12 +121,15 @@ def cosines(
     return torch.cat([(some.double() * centroids[at].double()).sum(1) for some, at in pairs])
 
 
-def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels run on this device: a GPU since Hopper, Triton, and the C compiler that it calls."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+def triton_works() -> bool:
+    """Whether Triton is installed, and the C compiler that it calls."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return bool(compiler) and importlib.util.find_spec("triton") is not None
+
+
+def fused(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device: a GPU since Hopper, where Triton works."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and triton_works()
 
 
 def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -6,6 +6,7 @@ caller's choice; both commands that run networks (train.py, sample_ddp.py) go th
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memory.kmeans import triton_works
 from models.sit import SiT, checkpointed
 
 HOPPER = (9, 0)  # from here on cuDNN's attention is the faster one; for this generation alone is models/attention.py
@@ -40,6 +42,14 @@ def fast_attention(device: torch.device | str) -> Iterator[None]:
         return
     with sdpa_kernel(attention_backends(device), set_priority=True):
         yield
+
+
+def compile_by_default() -> bool:
+    """Whether networks are compiled where nobody says: with a GPU, if what compiles for it is there; warns if not."""
+    if torch.cuda.is_available() and not triton_works():
+        warnings.warn("Triton or a C compiler (gcc) is missing: networks run uncompiled, much slower", stacklevel=2)
+        return False
+    return torch.cuda.is_available()
 
 
 def can_fuse(device: torch.device | str) -> bool:

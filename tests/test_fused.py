@@ -174,6 +174,16 @@ def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
     assert not kernels.can_pack("cpu")
 
 
+def test_nothing_is_compiled_by_default_where_no_compiler_is(monkeypatch):
+    assert not kernels.compile_by_default()  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "triton_works", lambda: True)
+    assert kernels.compile_by_default()
+    monkeypatch.setattr(kernels, "triton_works", lambda: False)
+    with pytest.warns(UserWarning, match="gcc"):
+        assert not kernels.compile_by_default()
+
+
 if __name__ == "__main__":
     interpreted_kernels()
     interpreted_network()
