@@ -65,14 +65,11 @@ class Pairs:
                 f"{store} have {features['dim']}: build the bank from this store's features"
             )
         made_by = self.bank.meta.get("encoder_meta", features) if self.bank else features
-        if made_by != features:
+        differing = [key for key in made_by | features if made_by.get(key) != features.get(key)]
+        if differing:
+            facts = "; ".join(f"{key} {made_by.get(key)}, here {features.get(key)}" for key in differing)
             raise ValueError(
-                f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: "
-                + "; ".join(
-                    f"{key} {made_by.get(key)}, here {features[key]}"
-                    for key in features
-                    if made_by.get(key) != features[key]
-                )
+                f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: {facts}"
             )
 
     def _snippet_encoder(self) -> str:
