@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Does this evaluator give ADM's numbers? Downloads ADM's reference and samples (up to 12 GB) and the Inception weights
 # (96 MB), scores them, and compares with what ADM's authors printed. Files that are there are used as they are.
-#   bash evaluations/selfcheck.sh [FOLDER]     FOLDER: where the files go (default weights)
+#   bash evaluations/selfcheck.sh [FOLDER]     FOLDER: where the files go (default weights), from the repository
 #   PROCESSES=8                                processes (default 1)
 set -euo pipefail
+cd "$(dirname "$0")/.."
 folder=${1:-${GMEM_WEIGHTS:-weights}}
 reference=VIRTUAL_imagenet256_labeled.npz
 samples=admnet_guided_upsampled_imagenet256.npz

@@ -53,7 +53,7 @@ class File:
 
 VAE = "diffusion_pytorch_model.safetensors"
 MSE = f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493"
-EMA = f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/main"
+EMA = f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a"
 MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 DINO = "vit_base_patch14_dinov2.lvd142m"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"

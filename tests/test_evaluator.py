@@ -23,6 +23,7 @@ from evaluations import evaluator, features, inception, reference, samples
 from evaluations.images import ChosenImages, open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
 from evaluations.metrics import frechet_distance, precision_recall
+from scripts.fetch import FILES
 
 ENCODER = "test_vit"
 
@@ -446,6 +447,32 @@ def test_the_benchmark_times_the_real_command(tmp_path, monkeypatch, capsys):
 
 def moments():
     return {name: np.zeros(shape, np.float32) for name, shape in reference.MOMENTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "warnings", "good"),
+    [({}, [], True), ({"FID": 3.96}, [], False), ({"Recall": 0.5349}, [], False), ({}, ["other weights"], False)],
+)
+def test_the_self_check_compares_with_adms_figures(root, tmp_path, changed, warnings, good):
+    """Its script, with the files there and an evaluator that notes its words and answers with ADM's figures."""
+    adms = {"Inception Score": 215.84, "FID": 3.943, "sFID": 6.14, "Precision": 0.8265, "Recall": 0.5309}
+    (tmp_path / "weights").mkdir()
+    result = json.dumps({"metrics": adms | changed, "warnings": warnings})
+    (tmp_path / "weights" / "selfcheck.json").write_text(result)
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
+    torchrun.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "true"}
+    words = ["bash", root / "evaluations" / "selfcheck.sh", tmp_path / "weights"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == good, done.stdout + done.stderr
+    assert done.stdout.count("good") == 5 - len(changed)
+    words = (tmp_path / "words").read_text().split("\n")[:-1]
+    args = evaluator.parse(words[words.index("evaluations.evaluator") + 1 :])
+    fetched = {file.name: str(tmp_path / "weights" / file.path) for file in FILES}
+    assert [str(args.reference), str(args.samples)] == [fetched["reference-256"], fetched["admnet-256"]]
+    assert args.inception == fetched["inception"]
+    assert args.out == tmp_path / "weights" / "selfcheck.json"
 
 
 def test_statistics_without_images_need_the_flag_that_says_so(inception_weights, tmp_path):
