@@ -159,7 +159,7 @@ def join(
         x: (B, T, D) float32, the residual stream.
         branch: (B, T, D), the output of the attention or MLP before.
         gate, shift, scale: (B, D), rows contiguous.
-        bias: (D,) float32, which `branch` contains, detached.
+        bias: (D,), float32 where it is trained, which `branch` contains, detached; named for its gradient alone.
         eps: of LayerNorm.
     """
     total, normed, _, _ = _join_op(x, branch, gate, shift, scale, bias, eps)
@@ -232,7 +232,7 @@ _activate_op.register_autograd(_differentiate_activate, setup_context=_save_hidd
 
 
 def activate(hidden: Tensor, bias: Tensor) -> Tensor:
-    """GELU, in its tanh form, of hidden (B, T, 4·D), which contains `bias` (4·D,) float32, detached."""
+    """GELU, in its tanh form, of hidden (B, T, 4·D), which contains `bias` (4·D,), detached, as in `join`."""
     return _activate_op(hidden, bias)
 
 

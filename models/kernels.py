@@ -92,7 +92,7 @@ def fused_velocity(
     branch = network.x_embedder(x).contiguous()  # (B, T, D); the patches are the branch that joins the positions
     x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
     bias = nn.Parameter(torch.zeros_like(network.blocks[0].mlp.fc2.bias))
-    if torch.is_grad_enabled():  # of no use, but so the first block needs no other graph than the next ones
+    if torch.is_grad_enabled():  # gradients that nobody reads: with them the first block has the graph of the others
         x, gate = x.requires_grad_(), gate.requires_grad_()
     run = partial(checkpointed, run_block) if network.checkpoint_activations else run_block
     for depth, block in enumerate(network.blocks, start=1):
