@@ -7,8 +7,8 @@
 #           without alignment on one H200: 58.4 GB at 128 images, 20.6 GB at 16 (benchmarks/results/train-memory.json)
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
 # Time      one H200 without alignment: 511 images/s at 32 a step, 623 at 128, 488 at 16 within 22 GiB
-#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/511 + 1/8,009) = 480; two GPUs did 92% of
-#           twice one at 64 each; 400,000 · 256 / (8 · 480 · 0.92) = 29,000 s = 8 hours on eight, STEPS=2000000 40
+#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/511 + 1/8,009) = 480, and 400,000 · 256 /
+#           (8 · 480) = 27,000 s = 7 hours on eight, STEPS=2000000 37, if eight lose nothing (two lost 5 to 8%)
 # Alignment the encoder alone does 8,009 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 6% of the time, and
 #           needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added,
 #           but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
