@@ -388,8 +388,9 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a loss or gradient was not finite; run before anything is logged or saved."""
-        bad = int(self.bad_step)
-        if bad >= 0:
+        steps = self.accelerator.gather(self.bad_step[None])  # (processes,): a loss may overflow in one of them alone
+        if (steps >= 0).any():
+            bad = int(steps[steps >= 0].min())
             rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
             remedy = "start again in another folder with a smaller --lr or --precision fp32"
             if self.checkpoints:

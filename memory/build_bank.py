@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from tqdm import tqdm
@@ -78,9 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     store, beside = LatentDataset(args.store, args.encoder), args.store.with_name(f"{args.store.name}-holdout")
     holdout = LatentDataset(beside, args.encoder) if beside.is_dir() else None
     settings = settings_of(args, store)
-    if is_complete(args.out, settings):
+    [done] = broadcast_object_list([is_complete(args.out, settings) if state.is_main_process else None])
+    if done:
         (args.out / UNFINISHED).unlink(missing_ok=True)
         say(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
+        state.destroy_process_group()
         return
     with claimed("--out", args.out, state.is_main_process):
         build(args, store, holdout, settings, state, argv)

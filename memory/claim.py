@@ -1,7 +1,6 @@
 """A folder that one command writes to at a time."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import platform
@@ -35,8 +34,8 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     try:
         file = lock(folder / CLAIM)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
+    except OSError:
+        if os.access(folder, os.W_OK):
             raise
         file = None
     if file is None:  # nobody writes here; a finished result can still be recognised
