@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -43,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENCODER = "efficientnet-lite0@32"
 PLACE_AND_TIME = {"time", "seconds", "images_per_second", "run", "runs", "made"}
 PATIENCE = 300  # seconds until a command counts as hanging
+ROLLING = re.compile(r"checkpoints/\d+\.pt$")
 MISSES = 40  # rounds in a row that end before their kill
 
 
@@ -190,9 +192,16 @@ def damaged(folder: Path, reference: dict[str, object]) -> list[str]:
     return found
 
 
-def differences(folder: Path, reference: dict[str, object]) -> list[str]:
-    """In what a finished run's files differ from those of the undisturbed run."""
+def differences(folder: Path, reference: dict[str, object], rolling: bool = True) -> list[str]:
+    """In what a finished run's files differ from those of the undisturbed run.
+
+    Without `rolling`, full states before the last one are left out: a signal saves one at the step it meets.
+    """
+    last = max((name for name in reference if ROLLING.search(name)), default=None)
     found = files_of(folder)
+    if not rolling:
+        found = {name: path for name, path in found.items() if name == last or not ROLLING.search(name)}
+        reference = {name: value for name, value in reference.items() if name == last or not ROLLING.search(name)}
     problems = [f"missing at the end: {name}" for name in sorted(reference.keys() - found.keys())]
     problems += [f"left at the end: {name}" for name in sorted(found.keys() - reference.keys())]
     return problems + [
@@ -284,7 +293,7 @@ def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw
         if any(statuses):
             problems.append(f"after kill {done} the command fails with {statuses}: see {log}")
             break
-        problems += differences(out, reference)
+        problems += differences(out, reference, rolling=number == signal.SIGKILL)
         misses += 1
         if done >= kills or problems or misses > MISSES:
             break
