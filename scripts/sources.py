@@ -258,7 +258,7 @@ def listed_labels(path: Path, names: list[str], text: str) -> np.ndarray | None:
     if classes is None:
         return None
     for name in names:
-        if type(classes.get(name)) is not int or classes[name] < 0:
+        if type(classes.get(name)) is not int or not 0 <= classes[name] < 2**31:
             raise ValueError(
                 f"{LABELS_FILE} of {path} gives {name} the label {classes.get(name)!r}, expected a class number: "
                 "correct it, or remove the file to take labels from the folders"

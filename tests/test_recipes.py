@@ -557,7 +557,9 @@ def test_the_time_limit_saves_and_queues_again(tmp_path, environment, slurm, how
 def test_a_signal_stops_a_recipe_once(tmp_path, root, environment, number):
     """Ctrl-C goes to a terminal's whole process group; the worker must get one signal all the same."""
     shell = {**environment, **worker(tmp_path, environment), "SPOOL": str(tmp_path), "HOW": "listens"}
-    recipe = subprocess.Popen(["bash", "scripts/train-gmem-b.sh"], cwd=root, env=shell, start_new_session=True)
+    terminal = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # jobs in the background ignore it
+    command = ["bash", "scripts/train-gmem-b.sh"]
+    recipe = subprocess.Popen(command, cwd=root, env=shell, start_new_session=True, **terminal)
     wait_for((tmp_path / "working 0").exists)
     os.killpg(recipe.pid, number)
     assert recipe.wait(30) == 143
