@@ -164,6 +164,25 @@ def test_bad_stores_are_refused_by_name(store, spoil, message):
         LatentDataset(store, "tiny", patches="tiny", images=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_images", "12", "num_images is '12', expected int"),
+        ("num_images", True, "num_images is True, expected int"),
+        ("image_size", -1, "image_size is -1, expected int"),
+        ("encoders", [], r"encoders is \[\], expected dict"),
+        ("fingerprint", None, "fingerprint is None, expected str"),
+        ("views", ["original"], r"it names the views \['original'\], but num_views is 2"),
+        ("codec", {"name": "x"}, "KeyError: 'moments_shape'"),
+    ],
+)
+def test_damaged_fields_of_the_description_are_named(store, key, value, message):
+    meta = json.loads((store / "meta.json").read_text())
+    (store / "meta.json").write_text(json.dumps(meta | {key: value}))
+    with pytest.raises(ValueError, match=rf"meta\.json: {message}"):
+        LatentDataset(store)
+
+
 def test_an_assignment_of_another_store_is_refused(store):
     with pytest.raises(ValueError, match="build the bank from this store"):
         LatentDataset(store, assignment=np.zeros((N + 1, 2), np.int32))
