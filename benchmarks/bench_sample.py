@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import sample_ddp
-from benchmarks.bench_train import GROUPS, ceiling, difference, randomize, show, synchronize
+from benchmarks.bench_train import by_kind, ceiling, difference, randomize, show, synchronize
 from benchmarks.path import make_vae
 from memory.bank import MemoryBank
 from memory.files import write_json
@@ -224,15 +224,7 @@ def where_time_goes(generator: Generator, batch: int, few: int) -> dict:
     images = torch.arange(batch)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
         wall = timed(lambda: generator.latents(images, few)) / few * 1e3
-    kernels = [event for event in record.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    groups, largest = dict.fromkeys(GROUPS, 0.0), []
-    for event in kernels:
-        name, milliseconds = event.key, event.self_device_time_total / 1e3 / few
-        group = next(kind for kind, words in GROUPS.items() if any(word in name.lower() for word in words))
-        groups[group] += milliseconds
-        largest.append({"kernel": name[:100], "group": group, "ms": milliseconds, "calls": event.count / few})
-    groups["idle (profiled)"] = max(0.0, wall - sum(groups.values()))
-    return {"batch": batch, "ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
+    return {"batch": batch, **by_kind(record, few, wall)}
 
 
 @torch.no_grad()

@@ -266,16 +266,21 @@ def where_time_goes(trainer: train.Trainer, batch: int) -> dict:
             trainer.train_step(next(batches))
         synchronize()
     wall = (time.perf_counter() - begin) / steps * 1e3
+    return {"batch": batch, **by_kind(record, steps, wall)}
+
+
+def by_kind(record: profile, runs: int, wall: float) -> dict:
+    """Milliseconds a run by kind of kernel, what is left of the `wall` ms of a run, and the largest kernels."""
     events = (event for event in record.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
     kernels = [event for event in events if "#" not in event.key]  # that marks a range of kernels
     groups, largest = dict.fromkeys(GROUPS, 0.0), []
     for event in kernels:
-        name, milliseconds = event.key, event.self_device_time_total / 1e3 / steps
+        name, milliseconds = event.key, event.self_device_time_total / 1e3 / runs
         group = next(kind for kind, words in GROUPS.items() if any(word in name.lower() for word in words))
         groups[group] += milliseconds
-        largest.append({"kernel": name[:100], "group": group, "ms": milliseconds, "calls": event.count / steps})
+        largest.append({"kernel": name[:100], "group": group, "ms": milliseconds, "calls": event.count / runs})
     groups["idle (profiled)"] = max(0.0, wall - sum(groups.values()))
-    return {"batch": batch, "ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
+    return {"ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
 
 
 def small_cards(folder: Path, model: str, batches: list[int], steps: int) -> list[dict]:

@@ -48,6 +48,12 @@ ROLLING = re.compile(r"checkpoints/\d+\.pt$")
 MISSES = 40  # rounds in a row that end before their kill
 
 
+def copy_images(work: Path, count: int) -> None:
+    """The first images of Fashion-MNIST, for the stages to work on."""
+    words = ["--source", str(ROOT / "assets" / "fashion-mnist"), "--out", str(work / "images")]
+    make_assets.main(["images", *words, "--train", str(count), "--test", "1"])
+
+
 def commands(work: Path) -> dict[str, tuple[Callable, list[str]]]:
     """The stages of the path at small size: a command's `main` and its arguments; each writes into work/out."""
     images, store, bank = work / "images", work / "encode" / "store", work / "bank" / "bank"
@@ -324,8 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     work, draw = args.work.resolve(), random.Random(args.seed)
     work.mkdir(parents=True, exist_ok=True)
-    words = ["--source", str(ROOT / "assets" / "fashion-mnist"), "--out", str(work / "images")]
-    make_assets.main(["images", *words, "--train", str(args.images), "--test", "1"])
+    copy_images(work, args.images)
     outcomes = []
     for stage in args.stages if args.full_disks else ():
         outcomes.append(starve(work, stage, args.full_disks, draw))

@@ -14,11 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.chaos import ROOT, copy_images
 from memory.files import write_json
 from memory.provenance import provenance
-from scripts import encode_dataset, make_assets
-
-ROOT = Path(__file__).resolve().parents[1]
+from scripts import encode_dataset
 
 
 def losses(run: Path, name: str) -> dict[int, float]:
@@ -41,8 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     work = args.work.resolve()
-    words = ["--source", str(ROOT / "assets" / "fashion-mnist"), "--out", str(work / "images")]
-    make_assets.main(["images", *words, "--train", str(args.images), "--test", "1"])
+    copy_images(work, args.images)
     encode = [str(work / "images"), "--out", str(work / "store"), "--codec", "pixels", "--image-size", "32"]
     encode_dataset.main([*encode, "--holdout", "0.1", "--workers", "0"])
     every = max(1, args.steps // 20)

@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.chaos import PATIENCE, ROOT, Job, commands, content, files_of
+from benchmarks.chaos import PATIENCE, Job, commands, content, copy_images, files_of
 from memory.files import write_json
 from memory.provenance import provenance
-from scripts import make_assets
 
 PROCESSES = (1, 2, 4)
 NO_DROPOUT = ["--model-options", "snippet_dropout=0"]  # its masks follow process and micro-batch, as documented
@@ -106,8 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    words = ["--source", str(ROOT / "assets" / "fashion-mnist"), "--out", str(work / "images")]
-    make_assets.main(["images", *words, "--train", str(args.images), "--test", "1"])
+    copy_images(work, args.images)
     rows, held = [], True
     for stage in args.stages:
         run(work, stage, 1, VARIANTS[stage][0], work / stage)
