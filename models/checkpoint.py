@@ -10,8 +10,8 @@ A checkpoint is a `torch.save` dictionary of tensors and plain values, read with
     image_size          height and width of the images in pixels
 
 The same in safetensors (`scripts/export.py`): the weights as tensors, all the rest as JSON under "config" in the
-file's metadata, the bank's path relative to the file. Published weights are turned into such a dictionary by
-`models/published.py`; what their files do not say is None, and a bank inside the file is under `memory`.
+file's metadata, the bank among the tensors or its path relative to the file. Published weights are turned into such a
+dictionary by `models/published.py`; what their files do not say is None. A bank inside a file is under `memory`.
 """
 
 import json
@@ -32,6 +32,7 @@ from models.sit import SiT, SiT_models
 WEIGHTS = ("ema", "model")
 OURS = {"model_config", "ema"}  # keys of a checkpoint of train.py
 EXPORTED = "model.safetensors"  # an export's file of weights
+MEMORY = ("memorybank", "memoryfreq")  # names of a bank inside it, as in GMem's published file
 FACTS = {  # of a checkpoint, by their kinds
     **{"args": (dict,), "codec": (dict, NoneType), "bank": (dict, NoneType), "encoder": (str, NoneType)},
     **{"store": (dict, NoneType), "image_size": (int, NoneType), "steps": (int, NoneType)},
@@ -99,7 +100,8 @@ def read_export(path: Path) -> dict:
         config = json.loads(metadata["config"])
         if config["bank"]:
             config["bank"]["path"] = str(path.parent / config["bank"]["path"])
-        return {"ema": state, **config}
+        memory = {"memory": [state.pop(name) for name in MEMORY]} if MEMORY[0] in state else {}
+        return {"ema": state, **memory, **config}
 
 
 def read_any(path: Path) -> dict:

@@ -404,8 +404,8 @@ def position_embedding(width: int, grid_size: int) -> Tensor:
 
 def _presets() -> dict[str, Callable[..., SiT]]:
     sizes = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+    sizes["Ti"] = (6, 192, 3)  # small enough for a CPU
     names = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in sizes.items() for patch in (1, 2, 4, 8)}
-    names["SiT-Ti/2"] = (6, 192, 3, 2)  # small enough to train on a CPU
     return {
         name: partial(SiT, name=name, depth=depth, width=width, num_heads=heads, patch_size=patch)
         for name, (depth, width, heads, patch) in names.items()

@@ -6,7 +6,8 @@
 Reads   any checkpoint: of train.py, exported, or published by the authors (then in this project's terms)
 Writes  OUT/model.safetensors    the weights, with all else as JSON under "config" in the file's metadata; or, with
                                  --format pt, OUT/0000000.pt as train.py writes its snapshots, named by its steps
-        OUT/bank.pth, bank.freq  the memory bank, for networks that are conditioned on it
+        OUT/bank.pth, bank.freq  the memory bank, for networks that are conditioned on it; with --half, in float16 in
+                                 model.safetensors, which is then half the size and all there is
         OUT/README.md            the model card
 `--checkpoint OUT` of sample_ddp.py and `--init OUT` of train.py read either.
 """
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from memory.bank import MemoryBank
 from memory.files import atomic, sha256
 from memory.provenance import code_version
-from models.checkpoint import EXPORTED, WEIGHTS, load_model
+from models.checkpoint import EXPORTED, MEMORY, WEIGHTS, load_model
 from models.sit import SiT
+
+PLACES = ("store", "holdout", "bank", "out", "init", "stage", "codec", "align_encoder_weights")  # of train.py
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,10 +41,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, help="folder to make; it may exist if it is empty")
     add("--weights", default="ema", choices=WEIGHTS, help="averaged or last weights")
     add("--format", default="safetensors", choices=("safetensors", "pt"), help="of the weights")
+    add("--half", action="store_true", help="weights and bank in float16, in one safetensors file")
     bank = parser.add_mutually_exclusive_group()
     bank.add_argument("--bank", help="bank.pth, or its folder, in place of the one that the checkpoint names")
     bank.add_argument("--no-bank", action="store_true", help="leave the bank out; sampling will need --bank")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.half and args.format == "pt":
+        parser.error("--half goes with --format safetensors, because training continues in float32")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,22 +59,46 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out} is there and not empty; choose a new folder")
     model, config, bank = load_model(args.checkpoint, args.weights, bank=False if args.no_bank else args.bank)
     source = config.pop("checkpoint")
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    config |= without_folders(config)
+    state = model.state_dict()
     card = model_card(model, config, bank, source)
-    if bank:
+    if bank and args.half:
+        state |= dict(zip(MEMORY, (bank.snippets, bank.freq), strict=True))
+    elif bank:
         config["bank"] = export_bank(bank, out / "bank.pth")
+    if args.half:
+        state = {name: halved(tensor, name) for name, tensor in state.items()}
     if config["bank"]:  # one that is left out is looked for in the same place
         config["bank"]["path"] = "bank.pth" if args.format == "safetensors" else str(out / "bank.pth")
     with atomic(out / "README.md") as temporary:
         temporary.write_text(card)
     if args.format == "safetensors":
         with atomic(out / EXPORTED) as temporary:
-            save_file(state, temporary, {"format": "pt", "config": json.dumps(config)})
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, temporary, {"format": "pt", "config": json.dumps(config)})
             shutil.copymode(out / "README.md", temporary)  # else its maker alone may read it
     else:
         with atomic(out / f"{config['steps'] or 0:07d}.pt") as temporary:
             torch.save({"ema": state, **config}, temporary)
     print(card)
+
+
+def without_folders(config: dict) -> dict:
+    """`args` and `store` of a checkpoint's facts with the names of files, without the maker's folders."""
+    args = {
+        key: Path(value).name if key in PLACES and isinstance(value, str) else value
+        for key, value in config["args"].items()
+    }
+    store = config["store"] and config["store"] | {"path": Path(config["store"]["path"]).name}
+    return {"args": args, "store": store}
+
+
+def halved(tensor: Tensor, name: str) -> Tensor:
+    """A tensor in float16, whole numbers as they are; ValueError if it does not fit."""
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    if not half.isfinite().all():
+        raise ValueError(f"--half: {name} has numbers beyond ±65,504, the range of float16; leave --half out")
+    return half
 
 
 def export_bank(bank: MemoryBank, path: Path) -> dict:
@@ -86,7 +118,7 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
             f"{len(bank):,} snippets of {bank.dim} numbers, drawn by frequencies that sum to {int(bank.freq.sum()):,}"
         )
     rows = {
-        "network": f"{model.config['model']}, {parameters:,} parameters in float32",
+        "network": f"{model.config['model']}, {parameters:,} parameters",
         "options": options,
         "predicts": f"the velocity of the {config['args'].get('interpolant')} path, data at t = 0 and noise at t = 1",
         "training steps": config["steps"],

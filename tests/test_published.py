@@ -529,6 +529,53 @@ def test_an_export_is_the_same_model(tmp_path, vae, capsys):
     assert card in capsys.readouterr().out
 
 
+def test_half_an_export_is_one_file(tmp_path, vae):
+    """Weights and bank in float16 in the file of weights: sampled as it is, and half the size."""
+    gmem(tmp_path / "gmem.pth")
+    model, _, bank = load_model(tmp_path / "gmem.pth")
+    for name, flags in (("full", []), ("half", ["--half"])):
+        export.main([str(tmp_path / "gmem.pth"), "--out", str(tmp_path / name), *flags])
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {"model.safetensors", "README.md"}
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.55 * sizes[1]
+    (tmp_path / "half").rename(tmp_path / "moved")
+    loaded, _, its_bank = load_model(tmp_path / "moved")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
+    assert torch.equal(its_bank.snippets, bank.snippets.half().float())
+    assert its_bank.freq.tolist() == FREQ
+    whole, halved = (sample(tmp_path / name, tmp_path / f"of-{name}", vae)[0].astype(int) for name in ("full", "moved"))
+    assert 0 < abs(whole - halved).max() <= 2
+
+
+def test_half_refuses_what_float16_cannot_hold(tmp_path):
+    state = gmem(tmp_path / "gmem.pth")
+    state["x_embedder.proj.weight"][0, 0, 0, 0] = 1e5
+    torch.save({"network": state, "memorybank": SNIPPETS, "memoryfreq": FREQ}, tmp_path / "gmem.pth")
+    with pytest.raises(ValueError, match=r"--half: x_embedder\.proj\.weight has numbers beyond"):
+        export.main([str(tmp_path / "gmem.pth"), "--out", str(tmp_path / "half"), "--half"])
+    with pytest.raises(SystemExit):
+        export.parse(["gmem.pth", "--out", "half", "--half", "--format", "pt"])
+
+
+def test_an_export_does_not_tell_the_folders_of_its_maker(tmp_path):
+    """Names of the files that a run was made from stay; where they lay on the machine goes."""
+    model = SiT_models["SiT-Test/2"](input_size=SIDE, snippet_dim=DIM)
+    facts = {"interpolant": "linear", "snippet_from": "nearest", "store": "/home/anna/data/x", "out": None, "steps": 3}
+    facts |= {"holdout": "/home/anna/data/x-holdout", "bank": "/home/anna/banks/x"}
+    MemoryBank(SNIPPETS, FREQ).save(tmp_path / "bank.pth")
+    named = {"path": str(tmp_path / "bank.pth"), "sha256": sha256(tmp_path / "bank.pth")}
+    checkpoint = {"ema": model.state_dict(), "model_config": model.config, "steps": 3, "args": facts, "bank": named}
+    checkpoint |= {"store": {"path": "/home/anna/data/x", "fingerprint": "f"}, "image_size": 64, "encoder": "toy"}
+    torch.save(checkpoint | {"codec": {"name": "pixels", "scale": 1.0}}, tmp_path / "0000003.pt")
+    export.main([str(tmp_path / "0000003.pt"), "--out", str(tmp_path / "st")])
+    with safe_open(tmp_path / "st" / "model.safetensors", "pt") as file:
+        config = file.metadata()["config"]
+    assert "anna" not in config + (tmp_path / "st" / "README.md").read_text()
+    assert json.loads(config)["args"] == facts | {"store": "x", "holdout": "x-holdout", "bank": "x"}
+    assert json.loads(config)["store"] == {"path": "x", "fingerprint": "f"}
+
+
 def test_an_export_refuses_a_used_folder_and_can_leave_the_bank(tmp_path):
     gmem_with_files(tmp_path / "gmem.pth")
     with pytest.raises(ValueError, match="is there and not empty"):

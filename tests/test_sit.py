@@ -53,7 +53,7 @@ def test_published_parameter_counts(name, options, count):
 
 
 def test_presets():
-    assert set(SiT_models) == {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (1, 2, 4, 8)} | {"SiT-Ti/2"}
+    assert set(SiT_models) == {f"SiT-{s}/{p}" for s in ("Ti", "S", "B", "L", "XL") for p in (1, 2, 4, 8)}
     with torch.device("meta"):
         for name, build in SiT_models.items():
             model = build(input_size=32)
