@@ -22,5 +22,5 @@ def test_saving_is_timed(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["bytes"] == saved[-1][0]
     assert len(saved) == len(result["save_seconds"]) == 2
-    assert saved[0][1] > 100, "moments of all parameters"
+    assert saved[0][1] > 70, "moments of all parameters"
     assert not list((tmp_path / "work").iterdir())
