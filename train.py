@@ -153,7 +153,8 @@ def model_options(pairs: list[str]) -> dict[str, object]:
     Raises:
         ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
     """
-    numbers = ("snippet_dropout", "snippet_scale", "null_dropout", "label_dropout", "align_depth", "qk_norm")
+    dropouts, scales = ("snippet_dropout", "null_dropout", "label_dropout"), ("snippet_scale", "label_scale")
+    numbers = (*dropouts, *scales, "align_depth", "qk_norm")
     options = {}
     for pair in pairs:
         name, _, value = pair.partition("=")

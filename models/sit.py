@@ -46,21 +46,22 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) in [0, num_classes] → (B, D); the last row of the table is the null label.
+    """Labels (B,) in [0, num_classes] → (B, D), scaled; the last row of the table is the null label.
 
     While training, a label whose uniform number lies below `label_dropout` becomes the null label.
     """
 
-    def __init__(self, width: int, num_classes: int, label_dropout: float):
+    def __init__(self, width: int, num_classes: int, label_dropout: float, scale: float):
         super().__init__()
         self.num_classes = num_classes
         self.label_dropout = label_dropout
+        self.scale = scale
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         if self.training:
             labels = torch.where(uniforms < self.label_dropout, self.num_classes, labels)
-        return self.embedding_table(labels)  # (B, D)
+        return self.scale * self.embedding_table(labels)  # (B, D)
 
 
 class SnippetProjection(nn.Module):
@@ -123,7 +124,8 @@ class LabelCondition(Condition):
 
     def __init__(self, width: int, options: dict):
         super().__init__(width, options)
-        self.y_embedder = LabelEmbedder(width, options["num_classes"], options["label_dropout"])
+        drop, scale = options["label_dropout"], options["label_scale"]
+        self.y_embedder = LabelEmbedder(width, options["num_classes"], drop, scale)
 
     def forward(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         return self.y_embedder(labels, uniforms)
@@ -220,6 +222,7 @@ class SiT(nn.Module):
         null_dropout: probability while training that the condition becomes a learned null embedding; 0 builds none.
         num_classes: label `num_classes` is the null label.
         label_dropout: probability while training that a label becomes the null label.
+        label_scale: factor on the label's embedding; 1 as published.
         align_dims: one alignment head for each entry, an MLP to that many features on the tokens after `align_depth`.
         qk_norm: LayerNorm on queries and keys; not in the published networks.
 
@@ -245,6 +248,7 @@ class SiT(nn.Module):
         null_dropout: float = 0.0,
         num_classes: int = 1000,
         label_dropout: float = 0.1,
+        label_scale: float = 1.0,
         align_dims: Sequence[int] = (),
         align_depth: int = 8,
         qk_norm: bool = False,
@@ -261,6 +265,7 @@ class SiT(nn.Module):
             "null_dropout": null_dropout,
             "num_classes": num_classes,
             "label_dropout": label_dropout,
+            "label_scale": label_scale,
             "align_dims": list(align_dims),
             "align_depth": align_depth,
             "qk_norm": qk_norm,

@@ -161,6 +161,12 @@ def test_snippet_scale_and_norm():
     )
 
 
+def test_label_scale():
+    model = randomise(small(condition="label", num_classes=5, label_scale=3.0)).eval()
+    labels = torch.arange(5)
+    torch.testing.assert_close(model.embed_condition(labels, 5, None), 3 * model.y_embedder.embedding_table(labels))
+
+
 def test_dropout_acts_where_it_is_asked_for():
     for place in ("embedding", "snippet"):
         model = randomise(small(snippet_dropout=0.5, snippet_dropout_at=place)).train()
