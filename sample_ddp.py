@@ -40,6 +40,7 @@ from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
 from models.kernels import compile_blocks, compile_by_default, fast_attention
+from models.replay import Replay
 from models.sit import SiT
 from samplers import (
     LABEL_DRAW,
@@ -89,7 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rules = "row of the bank by the starting noise (published) or by frequency; or a file whose entry i mod M is image "
     rules += "i's: row numbers (.txt, or .npy of M integers) or vectors (.npy of (M, F) floats)"
     add("--snippets", default="noise", metavar="noise|random|FILE", help=rules)
-    add("--labels", default="random", choices=label_rules, help="labels of a label-conditioned network")
+    labels = "labels of a label-conditioned network; or a file (.txt, .npy) whose entry i mod M is image i's"
+    add("--labels", default="random", metavar="random|balanced|FILE", help=labels)
     add("--sampler", default="sde", choices=samplers, help="sde is Euler-Maruyama; euler and heun solve the ODE")
     add("--steps", type=int, default=250, help="grid points of the SDE, steps of the ODE")
     add("--last-step", type=float, default=LAST_STEP, help="time at which the SDE's noise ends; no part of the ODE")
@@ -132,8 +134,9 @@ class Generator:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.batch_size, self.normals = None, None  # `compile` sets them
+        self.batch_size, self.normals, self.replays = None, None, {}  # `compile` sets the first two
         self.entries = None if args.snippets in snippet_rules else read_snippets(args.snippets)  # (M,) or (M, F)
+        self.labels = None if args.labels in label_rules else read_snippets(args.labels, "--labels")  # (M,)
         vectors = self.entries is not None and self.entries.ndim == 2
         if vectors and args.bank:
             raise ValueError(
@@ -143,6 +146,7 @@ class Generator:
         self.model, self.config, self.bank = load_model(args.checkpoint, args.weights, device, bank)
         self.kinds = self.model.condition.split("+")
         self._check_snippets()
+        self._check_labels()
         self.interpolant = self.config["args"]["interpolant"]
         self.guide, self.guide_sha256 = self._load_guide()
         channels = self.model.latent_shape[0]
@@ -176,6 +180,16 @@ class Generator:
         if own and len(self.bank) < self.config["store"]["num_images"]:
             message = "the network learned from images' own features, the bank holds averages of them: use a bank of "
             warnings.warn(message + "--k all, or --snippets FILE.npy", stacklevel=2)
+
+    def _check_labels(self) -> None:
+        labels, classes = self.labels, self.model.config["num_classes"]
+        if labels is None:
+            return
+        if "label" not in self.kinds:
+            kind = self.model.condition
+            raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --labels {self.args.labels}")
+        if labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"--labels {self.args.labels}: expected whole numbers from 0 to {classes - 1}")
 
     def _load_guide(self) -> tuple[SiT | None, str | None]:
         """The network that predicts the weaker velocity and its hash: this one given the null, or another."""
@@ -219,6 +233,7 @@ class Generator:
         guidance = {"by": self.guide_sha256 or "null", "scale": args.guidance_scale}
         guidance |= {"interval": list(args.guidance_interval), "channels": args.guidance_channels}
         snippets = args.snippets if self.entries is None else sha256(args.snippets)
+        labels = args.labels if self.labels is None else sha256(args.labels)
         times = []
         samplers[args.sampler](lambda x, t: times.append(t) or x, torch.zeros(1, 1), args.steps)  # counts evaluations
         names = ("weights", "sampler", "steps", "seed", "precision", "uint8", "format")
@@ -230,7 +245,7 @@ class Generator:
             "encoder": self.config["encoder"],
             "bank": bank and (hashes or {"checkpoint": self.config["checkpoint"]["sha256"]}),
             "snippets": snippets if "snippet" in self.kinds else None,
-            "labels": args.labels if "label" in self.kinds else None,
+            "labels": labels if "label" in self.kinds else None,
             "evaluations": len(times),
             "last_step": args.last_step if args.sampler in sde_samplers else None,
             "interpolant": self.interpolant,
@@ -243,7 +258,10 @@ class Generator:
         """What a network of each kind of condition gets, for images (B,) that start from noise z (B, C, H, W)."""
         args, given = self.args, {"none": None}
         if "label" in self.kinds:
-            labels = label_rules[args.labels](args.seed, images, self.model.config["num_classes"])  # (B,)
+            if self.labels is None:
+                labels = label_rules[args.labels](args.seed, images, self.model.config["num_classes"])  # (B,)
+            else:
+                labels = self.labels[images % len(self.labels)]  # (B,)
             given["label"] = labels.to(self.device)
         if "snippet" in self.kinds:
             if self.entries is None:
@@ -256,10 +274,16 @@ class Generator:
             given["label+snippet"] = (given["label"], given["snippet"])
         return given
 
-    def _velocity(self, network: SiT, cond: object, batch_size: int) -> Velocity:
+    def _velocity(self, network: SiT, cond: object, batch_size: int, role: str = "strong") -> Velocity:
         """A network as samplers call it, with float64 outside; its condition is embedded once for all steps."""
         condition = network.embed_condition(cond, batch_size, None)  # (B, D)
-        return lambda x, t: network.velocity(x.float(), network.t_embedder(t.float()) + condition)
+
+        def evaluate(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return network.velocity(x.float(), network.t_embedder(t.float()) + condition)
+
+        if self.batch_size and self.device.type == "cuda":
+            evaluate = self.replays.setdefault(role, Replay(evaluate, warm=2))
+        return lambda x, t: evaluate(x, t, condition)
 
     def latents(self, images: Tensor, steps: int) -> Tensor:
         """Latents float32 (B, C, H, W) of the images with these numbers (B,)."""
@@ -276,7 +300,7 @@ class Generator:
             velocity = self._velocity(self.model, given[self.model.condition], len(images))
             if self.guide:
                 cond = None if args.guide == "null" else given[self.guide.condition]
-                weaker = self._velocity(self.guide, cond, len(images))
+                weaker = self._velocity(self.guide, cond, len(images), "weaker")
                 velocity = guided(velocity, weaker, args.guidance_scale, args.guidance_interval, args.guidance_channels)
             return samplers[args.sampler](velocity, z, steps, **options).float()
 
@@ -292,7 +316,7 @@ class Generator:
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
-        self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size
+        self.normals, self.batch_size, self.replays = torch.compile(normals_of, dynamic=False), batch_size, {}
         self.decode(self.latents(torch.arange(batch_size), steps=2))
 
     @torch.no_grad()

@@ -187,32 +187,31 @@ snippet_rules: dict[str, Callable[[MemoryBank, torch.Tensor, torch.Tensor], torc
 }
 
 
-def read_snippets(path: str) -> torch.Tensor:
-    """Rows (M,) long of a bank, or vectors (M, F) float32, from a text or npy file.
+def read_snippets(path: str, flag: str = "--snippets") -> torch.Tensor:
+    """Rows (M,) long of a bank (or other whole numbers), or vectors (M, F) float32, from the text or npy file that a
+    command's `flag` names.
 
     Raises:
         ValueError: no such file, nothing in it, another shape or type, or a vector without a direction.
     """
     file = Path(path)
     if not file.is_file() or file.suffix not in (".txt", ".npy"):
-        raise ValueError(f"--snippets {path}: expected {', '.join(snippet_rules)}, or an existing .txt or .npy file")
+        raise ValueError(f"{flag} {path}: expected a rule that --help lists, or an existing .txt or .npy file")
     try:
         if file.suffix == ".npy":
             array = np.load(file, allow_pickle=False)
         else:
             array = np.array(file.read_text().split(), np.int64)
     except Exception as error:  # of every kind, whatever is wrong with the file
-        raise ValueError(f"--snippets {path}: no whole numbers as text and no plain array ({error})") from error
+        raise ValueError(f"{flag} {path}: no whole numbers as text and no plain array ({error})") from error
     if array.size and array.ndim == 1 and array.dtype.kind in "iu":
         return torch.from_numpy(array.astype(np.int64))
     if not array.size or array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(f"--snippets {path} is {array.dtype} {array.shape}: expected M integers or (M, F) floats")
+        raise ValueError(f"{flag} {path} is {array.dtype} {array.shape}: expected M integers or (M, F) floats")
     vectors = torch.from_numpy(array.astype(np.float32))
     bad = undirected(vectors)  # (M,)
     if bad.any():
-        raise ValueError(
-            f"--snippets {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first"
-        )
+        raise ValueError(f"{flag} {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first")
     return vectors
 
 

@@ -335,6 +335,21 @@ def test_label_choices(folder):
     assert snippets.shape == (4, DIM)
 
 
+def test_labels_from_a_file(folder, tmp_path):
+    np.save(tmp_path / "labels.npy", np.array([4, 0, 2]))
+    made = generator(folder, "--labels", tmp_path / "labels.npy", checkpoint="label+snippet.pt")
+    labels, _ = made.conditions(torch.arange(5), torch.zeros(5, 1, SIZE, SIZE))["label+snippet"]
+    assert labels.tolist() == [4, 0, 2, 4, 0]
+    assert len(made.settings["labels"]) == 64  # the file's hash
+    (tmp_path / "labels.txt").write_text(f"0 {CLASSES}")
+    with pytest.raises(ValueError, match=rf"--labels .*labels.txt: expected whole numbers from 0 to {CLASSES - 1}"):
+        generator(folder, "--labels", tmp_path / "labels.txt", checkpoint="label.pt")
+    with pytest.raises(ValueError, match="condition is 'snippet': leave out --labels"):
+        generator(folder, "--labels", tmp_path / "labels.npy")
+    with pytest.raises(ValueError, match="--labels blue: expected a rule"):
+        generator(folder, "--labels", "blue", checkpoint="label.pt")
+
+
 @pytest.mark.parametrize("condition", ["label", "label+snippet", "none"])
 def test_every_condition_samples(folder, condition):
     images = generator(folder, "--sampler", "heun-sde", checkpoint=f"{condition}.pt")(torch.arange(2))
