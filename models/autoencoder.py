@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from memory.files import read_json, reading, sha256, weights_folder
+from models.hub import from_hub
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
 DECODED_PIXELS_GPU = 2**20  # and on a GPU these, so that cards of 16 GB suffice
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # the two files of diffusers' folder format
 MOST_LAYERS = 32  # in a block; Stable Diffusion's have 2
+REMEDY = "run `bash scripts/fetch.sh` where there is a network, or give any folder with the two files as the codec"
 
 
 class Codec(Protocol):
@@ -179,8 +181,9 @@ def hub_vae(repository: str, scale: float | None = None) -> Callable[..., VAECod
     """A maker of the codec kept in a Hugging Face repository: from the weights folder, the hub's cache, or the hub."""
 
     def make(name: str, device: str | torch.device, dtype: torch.dtype, channels: int | None) -> VAECodec:
-        local = weights_folder() / repository.split("/")[1]
-        folder = local if local.is_dir() else cached_folder(name, repository, local)
+        folder = weights_folder() / repository.split("/")[1]
+        if not folder.is_dir():
+            folder = from_hub(f"codec {name!r}", repository, (CONFIG, WEIGHTS), folder, REMEDY)[0].parent
         return VAECodec(name, folder, device, dtype, scale)
 
     return make
@@ -270,19 +273,3 @@ def fit_channels(images: Tensor, channels: int, name: str) -> Tensor:
             "convert the images or choose another codec"
         )
     return images.expand(-1, channels, -1, -1)
-
-
-def cached_folder(name: str, repository: str, local: Path) -> Path:
-    """Folder with a hub repository's two files, from the cache or downloaded; ValueError saying where they belong, in
-    `local` or elsewhere."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"codec {name!r}: {CONFIG} and {WEIGHTS} of hub repository {repository!r} are neither in {local}, nor in "
-            f"the cache ({constants.HF_HUB_CACHE}), nor could they be downloaded ({type(error).__name__}); run `bash "
-            "scripts/fetch.sh` where there is a network, or give any folder with the two files as the codec"
-        ) from error

@@ -17,13 +17,16 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
 from memory.files import sha256, weights_folder
+from models.hub import COMMITS, absent, from_hub
+
+HUB_FILE = "model.safetensors"  # of timm's repositories
+REMEDY = "run `bash scripts/fetch.sh` where there is a network, or name a local file by --encoder-weights"
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def load_encoder(
 
     `weights` is a local file (.pth or .safetensors, in timm's layout or the authors' own, such as
     `dinov2_vitb14_pretrain.pth`); without it the weights come from the recipe's package, from MODEL.safetensors in the
-    weights folder (MODEL is timm's name), or from timm's hub and its cache.
+    weights folder (MODEL is timm's name), or from the hub and its cache.
     Raises ValueError if the name or size is impossible, or weights are missing or of another model, naming the file.
     """
     recipe = recipe_of(name)
@@ -136,6 +139,8 @@ def load_encoder(
         weights = packaged_file(name, recipe.package)
     if weights is None and weights_file(recipe).is_file():
         weights = weights_file(recipe)
+    if weights is None and (repository := timm.get_pretrained_cfg(recipe.model).hf_hub_id) in COMMITS:
+        [weights] = from_hub(f"encoder {name!r}", repository, (HUB_FILE,), weights_file(recipe), REMEDY)
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"encoder {name!r}: weights file {weights} does not exist")
     return Encoder(name, recipe, weights and Path(weights), device, dtype)
@@ -170,13 +175,9 @@ def pretrained_model(name: str, recipe: Recipe, weights: Path | None) -> nn.Modu
     try:
         model = timm.create_model(recipe.model, pretrained=True, **options)  # with its classifier, for a strict load
     except (OSError, HfHubHTTPError) as error:
-        source = timm.get_pretrained_cfg(recipe.model)
-        raise ValueError(
-            f"encoder {name!r}: its weights are neither at {weights_file(recipe)}, nor is model.safetensors of hub "
-            f"repository {source.hf_hub_id!r} in the cache ({HF_HUB_CACHE}), nor could it be downloaded "
-            f"({type(error).__name__}); run `bash scripts/fetch.sh` where there is a network, or name a local file by "
-            "--encoder-weights"
-        ) from error
+        repository = timm.get_pretrained_cfg(recipe.model).hf_hub_id
+        where = weights_file(recipe)
+        raise ValueError(absent(f"encoder {name!r}", repository, (HUB_FILE,), where, REMEDY, error)) from error
     except RuntimeError as error:
         if weights is None:
             raise

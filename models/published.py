@@ -24,6 +24,7 @@ from torch import Tensor
 
 from memory.files import weights_folder
 from models.autoencoder import SD_SCALE
+from models.hub import from_hub
 from models.sit import SiT_models, TimestepEmbedder
 
 GMEM, REPA, SIT = "GMem's first release", "REPA's, or another label-conditioned SiT", "SiT's own, time reversed"
@@ -70,9 +71,6 @@ def hub_file(name: str) -> Path:
     Raises:
         ValueError: the name has another form or no full commit hash, or the file is not to be had.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     parts = re.fullmatch(r"hf:([^/@]+/[^/@]+)/([^@]+)@([0-9a-f]{40})", name)
     if parts is None:
         raise ValueError(
@@ -80,18 +78,12 @@ def hub_file(name: str) -> Path:
             "branch may change), as hf:Tangentone/GMem/GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth@…; the hub lists a "
             "repository's commits under Files, History"
         )
-    repository, file, revision = parts.groups()
+    repository, file, commit = parts.groups()
     local = weights_folder() / Path(file).name
     if local.is_file():
         return local
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"checkpoint {name}: {file} of hub repository {repository} at {revision[:12]} is neither at {local}, nor "
-            f"in the cache ({constants.HF_HUB_CACHE}), nor could it be downloaded ({type(error).__name__}); copy it to "
-            "the first of these places or give its path (`bash scripts/fetch.sh gmem` gets GMem's first release)"
-        ) from error
+    remedy = "copy it there or give its path (`bash scripts/fetch.sh gmem` gets GMem's first release)"
+    return from_hub(f"checkpoint {name}", repository, (file,), local, remedy, commit)[0]
 
 
 def read_file(path: Path, allowed: Sequence[object] = ALLOWED) -> object:

@@ -26,8 +26,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 from memory.files import check_folder, read_json, sha256, weights_folder, write_json
+from models.hub import COMMITS, HUB
 
-HUB = "https://huggingface.co"
 DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 MANIFEST = "manifest.json"
@@ -52,30 +52,38 @@ class File:
 
 
 VAE = "diffusion_pytorch_model.safetensors"
-MSE = f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493"
-EMA = f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a"
-MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 DINO = "vit_base_patch14_dinov2.lvd142m"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 GMEM = "GMem_XL_2Miter_ImageNet-1K_K640000_5epo.pth"
+MSE, EMA, TIMM = (
+    f"{HUB}/{name}/resolve/{COMMITS[name]}"
+    for name in ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", f"timm/{DINO}")
+)
+# As the hub states them; those of Inception and of ADM's reference are the same in independent copies.
+MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+EMA_SHA256 = "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"
+DINO_SHA256 = "55cbb5d887b336d430e649c277b85a1429e724871f9d02ac16203235886d8c7b"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+REFERENCE_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 FILES = (
     File("sd-vae-ft-mse", "sd-vae-ft-mse/config.json", f"{MSE}/config.json", "VAE of GMem and REPA"),
     File("sd-vae-ft-mse", f"sd-vae-ft-mse/{VAE}", f"{MSE}/{VAE}", "VAE of GMem and REPA", MSE_SHA256),
     File("sd-vae-ft-ema", "sd-vae-ft-ema/config.json", f"{EMA}/config.json", "VAE of SiT's sampling"),
-    File("sd-vae-ft-ema", f"sd-vae-ft-ema/{VAE}", f"{EMA}/{VAE}", "VAE of SiT's sampling"),
-    File("dinov2-vitb14", f"{DINO}.safetensors", f"{HUB}/timm/{DINO}/resolve/main/model.safetensors", "snippets"),
+    File("sd-vae-ft-ema", f"sd-vae-ft-ema/{VAE}", f"{EMA}/{VAE}", "VAE of SiT's sampling", EMA_SHA256),
+    File("dinov2-vitb14", f"{DINO}.safetensors", f"{TIMM}/model.safetensors", "snippets", DINO_SHA256),
     File(
         "inception",
         INCEPTION,
         f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}",
         "FID, sFID, IS",
-        "6726825d",
+        INCEPTION_SHA256,
     ),
     File(
         "reference-256",
         "VIRTUAL_imagenet256_labeled.npz",
         f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
         "FID at 256 px",
+        REFERENCE_SHA256,
     ),
     File("reference-512", "VIRTUAL_imagenet512.npz", f"{ADM}/512/VIRTUAL_imagenet512.npz", "FID at 512 px"),
     File("gmem", GMEM, f"{HUB}/Tangentone/GMem/resolve/main/{GMEM}", "GMem's network and bank", optional=True),
@@ -259,7 +267,7 @@ def download(url: str, part: Path) -> str:
             if error.code == 416:  # more than all of it
                 part.unlink()
             elif error.code != 429 and error.code < 500:
-                raise Refused(f"{url} answers {error.code} {error.reason}") from error
+                raise Refused(f"{url} answers {error.code} {error.reason}{moved(url)}") from error
             problem = error
         except (OSError, HTTPException) as error:
             problem = error
@@ -268,6 +276,18 @@ def download(url: str, part: Path) -> str:
             raise Refused(f"{url} cannot be reached: {problem}; the same command continues") from problem
         print(f"  {problem}: trying again", flush=True)
         time.sleep(PAUSE)
+
+
+def moved(url: str) -> str:
+    """What to do about a file that is gone from a branch of the hub."""
+    repository, branch, file = url.partition("/resolve/main/")
+    if not branch:
+        return ""
+    name = "/".join(repository.split("/")[-2:])
+    return (
+        f"; an earlier commit may have it: look through {repository}/commits/main, and give hf:{name}/{file}@COMMIT as "
+        "CHECKPOINT, or put the file there by hand"
+    )
 
 
 def request(url: str, begin: int = 0) -> urllib.request.Request:

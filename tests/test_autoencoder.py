@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from memory.files import sha256
 from models.autoencoder import CONFIG, WEIGHTS, check_codec, codecs, latents_from_moments, load_codec, to_uint8
+from models.hub import COMMITS
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_missing_files_are_named(tmp_path, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("sd-vae-ft-mse", "sd-vae-ft-ema", "organisation/repository"):
         message = (
-            rf"{WEIGHTS} of hub repository '\w+/[\w-]+' are neither in weights/[\w-]+, nor in the cache .*fetch\.sh"
+            rf"{WEIGHTS} of hub repository '\w+/[\w-]+'.* neither lie at weights/[\w-]+, nor in the cache .*fetch\.sh"
         )
         with pytest.raises(ValueError, match=message):
             load_codec(name)
@@ -163,7 +164,7 @@ def test_missing_files_are_named(tmp_path, folder, monkeypatch):
 
 def test_names_are_looked_for_in_the_weights_folder_first(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GMEM_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
     for name in ("sd-vae-ft-mse", "repository"):
         Path(folder(3, scaling_factor=0.9)).rename(tmp_path / name)
     codec = load_codec("sd-vae-ft-mse")
@@ -179,7 +180,7 @@ def test_the_hubs_cache_is_read_without_a_network(folder, tmp_path, monkeypatch)
     """Files laid out as the hub's client keeps them, on a machine with HF_HUB_OFFLINE=1."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repository, commit = tmp_path / "models--stabilityai--sd-vae-ft-ema", "0123456789" * 4
+    repository, commit = tmp_path / "models--stabilityai--sd-vae-ft-ema", COMMITS["stabilityai/sd-vae-ft-ema"]
     (repository / "refs").mkdir(parents=True)
     (repository / "snapshots").mkdir()
     (repository / "refs/main").write_text(commit)
@@ -209,9 +210,16 @@ def test_what_suits_a_gpu_changes_only_rounding(folder, monkeypatch):
 
 
 def test_hub_codecs_read_the_cached_folder(folder, monkeypatch):
-    path = folder(3, scaling_factor=0.9)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: path)
+    path, asked = folder(3, scaling_factor=0.9), {}
+
+    def download(repository, file, revision):
+        asked[repository] = revision
+        return f"{path}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     scales = {
         name: load_codec(name).meta(8)["scale"] for name in [*codecs, "organisation/repository"] if name != "pixels"
     }
     assert scales == {"sd-vae-ft-mse": 0.18215, "sd-vae-ft-ema": 0.18215, "organisation/repository": 0.9}
+    assert asked.pop("organisation/repository") is None
+    assert asked == {name: commit for name, commit in COMMITS.items() if name in asked}

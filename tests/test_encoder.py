@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from memory.files import sha256
 from models.encoder import Recipe, encoders, load_encoder, weights_file
+from models.hub import COMMITS
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,11 @@ def test_weights_are_looked_for_in_the_weights_folder_then_in_the_hubs_cache(wei
     encoder = load_encoder("test_vit")
     assert torch.equal(encoder(images), expected)
     assert encoder.meta()["sha256"] is None  # the hub's, whatever they are
+    monkeypatch.setitem(COMMITS, "timm/test_vit.r160_in1k", commit)
+    assert load_encoder("test_vit").meta()["sha256"] == sha256(path)  # of a known commit
+    monkeypatch.setitem(COMMITS, "timm/test_vit.r160_in1k", "9" * 40)
+    with pytest.raises(ValueError, match="at 999999999999 neither lie at"):
+        load_encoder("test_vit")
     cached.unlink()
     local = tmp_path / "folder" / "test_vit.safetensors"
     local.write_bytes(path.read_bytes())
@@ -162,9 +169,11 @@ def test_what_a_user_can_get_wrong(weights, tmp_path, monkeypatch):
     path = weights("test_vit")[1]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"at weights/vit_base_.*hub repository 'timm/vit_base_patch14_dinov2.*fetch\.sh"
+        ValueError, match=r"hub repository 'timm/vit_base_patch14_dinov2.* at weights/vit_base_.*fetch\.sh"
     ):
         load_encoder("dinov2-vitb14")
+    with pytest.raises(ValueError, match=r"hub repository 'timm/test_vit.* at weights/test_vit.*fetch\.sh"):
+        load_encoder("test_vit")
     with pytest.raises(ValueError, match="is none of dinov2-vitb14, efficientnet-lite0 and no model of timm"):
         load_encoder("dino")
     with pytest.raises(ValueError, match="'big' is no size in pixels"):

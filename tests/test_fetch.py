@@ -11,6 +11,7 @@ import pytest
 
 from evaluations import inception
 from models import autoencoder, encoder, published
+from models.hub import COMMITS, HUB
 from scripts import fetch
 from scripts.fetch import File, main, parse, request, url_of
 
@@ -152,9 +153,16 @@ def test_busy_servers_are_asked_again_and_absent_files_are_named(server, tmp_pat
     monkeypatch.setattr(fetch, "FILES", (File("gone", "gone.bin", f"{server.base}/gone.bin", ""), *fetch.FILES))
     assert fails("--folder", tmp_path, "gone", "b") == 1
     output = capsys.readouterr()
-    assert f"gone.bin: {server.base}/gone.bin answers 404" in output.err
+    assert f"gone.bin: {server.base}/gone.bin answers 404 Not Found\n" in output.err
     assert "1 of 2 files are missing or wrong" in output.out
     assert (tmp_path / "sub/b.bin").is_file()  # the others are fetched all the same
+
+
+def test_a_file_that_left_its_branch_may_be_in_an_earlier_commit(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "FILES", (File("g", "g.pth", f"{server.base}/some/where/resolve/main/g.pth", ""),))
+    assert fails("--folder", tmp_path) == 1
+    told = f"look through {server.base}/some/where/commits/main, and give hf:some/where/g.pth@COMMIT as CHECKPOINT"
+    assert told in capsys.readouterr().err
 
 
 def test_a_login_page_is_no_file(server, tmp_path, monkeypatch, capsys):
@@ -259,6 +267,9 @@ def test_the_table_has_what_commands_look_for():
     assert inception.WEIGHTS in paths
     assert url_of(inception.WEIGHTS) == inception.URL
     assert all(file.url.startswith("https://") for file in fetch.FILES)
+    hub = [file.url for file in fetch.FILES if file.url.startswith(HUB) and not file.optional]
+    assert all(any(f"{name}/resolve/{commit}/" in url for name, commit in COMMITS.items()) for url in hub)
+    assert len(hub) == 5
     assert len(paths) == len(fetch.FILES)
 
 

@@ -492,7 +492,7 @@ def test_the_hub_needs_a_pinned_revision_and_says_what_is_missing(tmp_path):
     for name in (f"hf:Tangentone/GMem/{file}", f"hf:Tangentone/GMem/{file}@main", "hf:GMem@" + "0" * 40):
         with pytest.raises(ValueError, match="expected hf:ORGANISATION/REPOSITORY/FILE@REVISION"):
             hub_file(name)
-    with pytest.raises(ValueError, match=f"{file} of hub repository Tangentone/GMem at 012345678901 is neither"):
+    with pytest.raises(ValueError, match=f"{file} of hub repository 'Tangentone/GMem' at 012345678901 neither lie at"):
         load_model(f"hf:Tangentone/GMem/{file}@{'0123456789' * 4}")
 
 
