@@ -59,8 +59,9 @@ def make_encoder(path: Path, name: str) -> None:
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run the whole path at ImageNet's shapes on random data.")
+def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """The command line of a benchmark that runs whole commands."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--gpus", type=int, default=1, help="processes of every command")
     parser.add_argument("--work", type=Path, required=True, help="empty folder for what the commands write")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
@@ -68,8 +69,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def facts(args: argparse.Namespace, name: str) -> dict:
+    """How, when and on what the results of `benchmarks.NAME` came about."""
+    device = platform.processor() or "CPU"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return {
+        "command": f"python -m benchmarks.{name} --gpus {args.gpus}{' --small' * args.small} --work DIR --out FILE",
+        "date": str(date.today()),
+        "device": device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parse(argv, "Run the whole path at ImageNet's shapes on random data.")
     work, small = args.work, args.small
     size, images, steps, drawn = (64, 80, 4, 4) if small else (256, 2048, 20, 64)
     model, batch, nfe = ("SiT-Ti/2", 4, 4) if small else ("SiT-XL/2", 32, 250)
@@ -111,39 +125,33 @@ def main(argv: list[str] | None = None) -> None:
         "--batch-size",
         2 if small else 32,
     )
-    facts = {}
+    differences = {}
     if args.gpus > 1:
         launch("the same on one", sample, "--out", work / "samples-alone", "--batch-size", 4 if small else 64, gpus=1)
         one, many = (
             np.load(work / folder / "samples.npz")["arr_0"].astype(int) for folder in ("samples-alone", "samples")
         )
-        facts["largest pixel difference of the images"] = int(np.abs(one - many).max())
-        facts["mean pixel difference of the images"] = float(np.abs(one - many).mean())
+        differences["largest pixel difference of the images"] = int(np.abs(one - many).max())
+        differences["mean pixel difference of the images"] = float(np.abs(one - many).mean())
     array = np.load(work / "samples" / "samples.npz")["arr_0"]
     assert array.shape == (drawn, size, size, 3), array.shape
     assert array.dtype == np.uint8
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     sampled = json.loads((work / "samples" / "samples.json").read_text())
-    on_gpu = torch.cuda.is_available()
     result = {
-        "command": f"python -m benchmarks.path --gpus {args.gpus}{' --small' * small} --work DIR --out {args.out.name}",
-        "date": str(date.today()),
-        "device": f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-        if on_gpu
-        else platform.processor() or "CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        **facts(args, "path"),
         "commands": rows,
         "training images_per_second": [line["images_per_second"] for line in log if "images_per_second" in line],
         "training losses": [line["loss"] for line in log if "loss" in line],
         "sampling images_per_second": sampled["run"]["images_per_second"],
         "sampling settings": sampled["settings"],
-        **facts,
+        **differences,
     }
     write_json(args.out, result)
     print(f"\n{'seconds':>9}  {'processes':>9}  command (start-up and compilation included)")
     for row in rows:
         print(f"{row['seconds']:9.1f}  {row['processes']:9}  {row['what']}")
-    for key, value in facts.items():
+    for key, value in differences.items():
         print(f"{key}: {value}")
 
 

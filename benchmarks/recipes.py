@@ -10,24 +10,20 @@ equal those of a run that nobody killed. The continued training is told to stop,
 `--small` shrinks every size for a machine without a GPU.
 """
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
-import timm
 import torch
 
-from benchmarks.path import make_encoder, make_images, make_vae
+from benchmarks.path import facts, make_encoder, make_images, make_vae, parse
 from memory.files import write_json
 from models.sit import SiT_models
 
@@ -112,18 +108,9 @@ def finished(samples: Path) -> int:
     return int(np.fromfile(path, np.uint8).sum()) if path.exists() else 0
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run the ImageNet recipes on random data, and kill them.")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of every recipe")
-    parser.add_argument("--work", type=Path, required=True, help="empty folder for what the recipes write")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Make the data, run the recipes, compare, write the results."""
-    args = parse(argv)
+    args = parse(argv, "Run the ImageNet recipes on random data, and kill them.")
     work, small = args.work.resolve(), args.small
     size, images, model, batch, drawn = (64, 40, "SiT-Ti/2", 4, 40) if small else (256, 512, "SiT-XL/2", 64, 64)
     encoder = ("test_vit@64", "test_vit") if small else ("dinov2-vitb14", "vit_base_patch14_dinov2.lvd142m")
@@ -183,14 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     assert difference.max() <= 8, f"images differ by {difference.max()} levels"
     assert len(np.unique(array.reshape(drawn, -1), axis=0)) == drawn, "images repeat"
 
-    on_gpu = torch.cuda.is_available()
     result = {
-        "command": f"python -m benchmarks.recipes --gpus {args.gpus}{' --small' * small} --work DIR --out FILE",
-        "date": str(date.today()),
-        "device": f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-        if on_gpu
-        else platform.processor() or "CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        **facts(args, "recipes"),
         "recipes": recipes.rows,
         "training steps repeated": repeated,
         "largest relative difference of their losses": largest,

@@ -424,6 +424,21 @@ def test_own_photos(root, photos, site, environment):
     assert copies["spaces"].keys() == {"efficientnet-lite0@64", "latent"}
 
 
+def test_a_limited_python_notes_what_a_command_took(root, tmp_path):
+    (tmp_path / "leave.py").write_text("import sys\nprint(sys.argv, __name__)\nsys.exit(3)\n")
+    words = [sys.executable, root / "benchmarks" / "limited.py", "22", tmp_path / "notes"]
+
+    def run(*more):
+        return subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("leave.py", "--flag")
+    assert (done.returncode, done.stdout) == (3, "['leave.py', '--flag'] __main__\n"), done.stderr
+    assert run("-c", "print(1)").stdout == "1\n"
+    assert run("-m", "pip", "nonsense").returncode == 0
+    (note,) = (tmp_path / "notes").read_text().splitlines()
+    assert json.loads(note)["command"] == "leave.py"
+
+
 # Stand-ins of SLURM's commands. A job's tasks are noted in $SPOOL, as are the requests to queue it again. As on some
 # clusters, scancel signals every process of a step; srun ends the other tasks when one fails.
 SLURM = {
