@@ -40,7 +40,6 @@ from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
 from models.kernels import compile_blocks, compile_by_default, fast_attention
-from models.replay import Replay
 from models.sit import SiT
 from samplers import (
     LABEL_DRAW,
@@ -134,7 +133,7 @@ class Generator:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.batch_size, self.normals, self.replays = None, None, {}  # `compile` sets the first two
+        self.batch_size, self.normals = None, None  # `compile` sets them
         self.entries = None if args.snippets in snippet_rules else read_snippets(args.snippets)  # (M,) or (M, F)
         self.labels = None if args.labels in label_rules else read_snippets(args.labels, "--labels")  # (M,)
         vectors = self.entries is not None and self.entries.ndim == 2
@@ -274,16 +273,10 @@ class Generator:
             given["label+snippet"] = (given["label"], given["snippet"])
         return given
 
-    def _velocity(self, network: SiT, cond: object, batch_size: int, role: str = "strong") -> Velocity:
+    def _velocity(self, network: SiT, cond: object, batch_size: int) -> Velocity:
         """A network as samplers call it, with float64 outside; its condition is embedded once for all steps."""
         condition = network.embed_condition(cond, batch_size, None)  # (B, D)
-
-        def evaluate(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return network.velocity(x.float(), network.t_embedder(t.float()) + condition)
-
-        if self.batch_size and self.device.type == "cuda":
-            evaluate = self.replays.setdefault(role, Replay(evaluate, warm=2))
-        return lambda x, t: evaluate(x, t, condition)
+        return lambda x, t: network.velocity(x.float(), network.t_embedder(t.float()) + condition)
 
     def latents(self, images: Tensor, steps: int) -> Tensor:
         """Latents float32 (B, C, H, W) of the images with these numbers (B,)."""
@@ -300,7 +293,7 @@ class Generator:
             velocity = self._velocity(self.model, given[self.model.condition], len(images))
             if self.guide:
                 cond = None if args.guide == "null" else given[self.guide.condition]
-                weaker = self._velocity(self.guide, cond, len(images), "weaker")
+                weaker = self._velocity(self.guide, cond, len(images))
                 velocity = guided(velocity, weaker, args.guidance_scale, args.guidance_interval, args.guidance_channels)
             return samplers[args.sampler](velocity, z, steps, **options).float()
 
@@ -316,7 +309,7 @@ class Generator:
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
-        self.normals, self.batch_size, self.replays = torch.compile(normals_of, dynamic=False), batch_size, {}
+        self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size
         self.decode(self.latents(torch.arange(batch_size), steps=2))
 
     @torch.no_grad()

@@ -176,6 +176,7 @@ def time_batch(generator: Generator, batch: int, args: argparse.Namespace) -> di
         compiling = timed(lambda: generator.compile(batch))
     else:
         compiling = timed(lambda: generator.decode(generator.latents(images, 2)))
+    generator.latents(images, 3)  # the last of them as it will be from then on
     sampling = timed(lambda: generator.latents(images, args.few)) / args.few
     latents = generator.latents(images, 2)
     decoding = timed(lambda: generator.decode(latents))
@@ -245,6 +246,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=256, help="pixels")
     add("--bank-rows", type=int, default=640_000, help="K")
     add("--num-images", type=int, default=512, help="images of the command's first run; 0 leaves the command out")
+    add("--runs", type=int, choices=(1, 2), default=2, help="of the command")
     add("--steps", type=int, default=EVALUATIONS, help="evaluations of an image in the command's first run")
     add("--batches", type=int, nargs="+", default=[256, 64, 512], help="a row each; the command takes the first")
     add("--few", type=int, default=10, help="evaluations timed for each row")
@@ -273,7 +275,7 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
     checkpoint = make_checkpoint(work, args.model, args.image_size, args.bank_rows, args.small)
     result = {"model": args.model, "image_size": args.image_size, "bank_rows": args.bank_rows, "commands": []}
     if args.num_images:
-        result["commands"] = [time_command(work, checkpoint, args, first) for first in (True, False)]
+        result["commands"] = [time_command(work, checkpoint, args, first) for first in (True, False)[: args.runs]]
         columns = {"run": "", "images": "", "evaluations": "", "startup_seconds": ".1f", "images_per_second": ".2f"}
         show(result["commands"], columns | {"first_images_seconds": ".1f", "peak_gb": ".1f"})
         yield result

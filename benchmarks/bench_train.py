@@ -1,13 +1,15 @@
 """How fast train.py trains: images/s, TFLOP/s, share of the matrix-product ceiling and memory, on random data.
 
     python -m benchmarks.bench_train --reference --profile --out benchmarks/results/train.json
+    python -m benchmarks.bench_train --image-size 512 --batches 8 32 --out benchmarks/results/train-512.json
     python -m benchmarks.bench_train --memory --batches 16 32 --out benchmarks/results/train-memory.json
-    torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --out benchmarks/results/train-ddp.json
+    torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --profile --exchange 25 100:8 --out FILE
 
 The steps are `train.Trainer`'s own, on a random store and bank. Before anything is timed, the loss and the gradients of
 one step are compared with plain float32 on the same device. Floating-point operations are counted on the plain network,
 three times a forward pass; the ceiling is a bf16 product of two random 8192×8192 matrices in the same run.
-Batches are images a process. Under torchrun the steps are also timed without exchanging gradients.
+Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
+counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +46,8 @@ from models.kernels import fast_attention
 from models.replay import WARM_STEPS, Replay
 from models.sit import SiT_models
 
-LATENT, SNIPPET_DIM, SNIPPETS = (4, 32, 32), 768, 1024
+CHANNELS, PIXELS = 4, 8  # of a latent, and of an image for each of a latent's numbers in a row
+SNIPPET_DIM, SNIPPETS = 768, 1024
 LIMIT = 22 * 2**30  # bytes that --memory leaves to a run: a card of 24 GB
 GROUPS = {  # kinds of kernels, by words in their names; the first that matches counts
     "communication": ("nccl",),
@@ -55,11 +59,12 @@ GROUPS = {  # kinds of kernels, by words in their names; the first that matches 
 }
 
 
-def make_data(folder: Path, images: int) -> None:
+def make_data(folder: Path, images: int, image_size: int = 256) -> None:
     """A store of random moments and features, and a random bank that was assigned to it."""
-    shape = [2 * LATENT[0], *LATENT[1:]]
-    codec = {"name": "random", "scale": 0.18215, "shift": 0.0, "latent_shape": list(LATENT), "moments_shape": shape}
-    meta = {"format": FORMAT, "num_images": images, "num_views": 1, "views": ["original"], "image_size": 256}
+    side = [image_size // PIXELS] * 2
+    codec = {"name": "random", "scale": 0.18215, "shift": 0.0, "latent_shape": [CHANNELS, *side]}
+    codec |= {"moments_shape": [2 * CHANNELS, *side]}
+    meta = {"format": FORMAT, "num_images": images, "num_views": 1, "views": ["original"], "image_size": image_size}
     meta |= {"codec": codec | {"dtype": "float16", "image_channels": 3, "sha256": None}, "image_channels": 3}
     meta |= {"encoders": {"random": {"dim": SNIPPET_DIM}}, "patches": {}, "has_images": False, "num_classes": 1000}
     random = np.random.default_rng(0)
@@ -122,7 +127,7 @@ def ceiling(device: torch.device) -> float:
 @torch.no_grad()
 def training_flops(network: nn.Module, device: torch.device) -> int:
     """Operations of a training step for one image: a forward pass, and twice as many backward."""
-    x, t, snippet = (torch.rand(1, *shape, device=device) for shape in (LATENT, (), (SNIPPET_DIM,)))
+    x, t, snippet = (torch.rand(1, *shape, device=device) for shape in (network.latent_shape, (), (SNIPPET_DIM,)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
         network(x, t, snippet)
     return 3 * counter.get_total_flops()
@@ -191,9 +196,11 @@ def timed(trainer: train.Trainer, batch: int, steps: int) -> dict:
         trainer.train_step(next(batches))
     with no_waiting(trainer.device):
         trainer.train_step(next(batches))
-    seconds = seconds_a_step(lambda: trainer.train_step(next(batches)), steps)
+    seconds = torch.tensor([seconds_a_step(lambda: trainer.train_step(next(batches)), steps)], device=trainer.device)
     trainer.check_finite()
-    return {"seconds_a_step": seconds, "first_step_seconds": first, **memory()}
+    each = trainer.accelerator.gather(seconds).tolist()
+    others = {"seconds_of_each": each} if len(each) > 1 else {}
+    return {"seconds_a_step": max(each), "first_step_seconds": first, **others, **memory()}
 
 
 def warm_steps(trainer: train.Trainer) -> int:
@@ -231,11 +238,12 @@ def peers(network: nn.Module, batch: int, steps: int, device: torch.device) -> d
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=0.0)
     half, loss_of = torch.float16 if device.type == "cuda" else torch.bfloat16, FlowMatchingLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-    latents, snippets = torch.randn(batch, *LATENT, device=device), torch.randn(batch, SNIPPET_DIM, device=device)
+    shape = network.latent_shape
+    latents, snippets = torch.randn(batch, *shape, device=device), torch.randn(batch, SNIPPET_DIM, device=device)
 
     def step() -> None:
         with torch.autocast(device.type, half):
-            loss = loss_of(network, latents, snippets, draw(0, 0, batch, LATENT, device=device)).total.mean()
+            loss = loss_of(network, latents, snippets, draw(0, 0, batch, shape, device=device)).total.mean()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -258,7 +266,8 @@ def where_time_goes(trainer: train.Trainer, batch: int) -> dict:
     """Milliseconds a step by kind of kernel, and the largest kernels, from three profiled steps."""
     trainer.args.batch_size, steps = batch * trainer.accelerator.num_processes, 3
     batches = trainer.batches()
-    trainer.train_step(next(batches))
+    for _ in range(warm_steps(trainer)):
+        trainer.train_step(next(batches))
     synchronize()
     begin = time.perf_counter()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
@@ -283,19 +292,35 @@ def by_kind(record: profile, runs: int, wall: float) -> dict:
     return {"ms": groups, "largest": sorted(largest, key=lambda row: -row["ms"])[:40]}
 
 
-def small_cards(folder: Path, model: str, batches: list[int], steps: int) -> list[dict]:
-    """Peak memory and speed of micro-batches within 22 GiB, accumulated to 256 images."""
+def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The network wrapped for exchanging gradients in each of the ways MB or MB:BLOCKS, with what it is called."""
+    for words in how:
+        megabytes, _, blocks = words.partition(":")
+        options = None
+        if blocks:
+            options = torch.distributed.ProcessGroupNCCL.Options()
+            options.config.min_ctas, options.config.max_ctas = 1, int(blocks)
+        group = torch.distributed.new_group(pg_options=options)
+        wrapped = DistributedDataParallel(
+            trainer.network, process_group=group, bucket_cap_mb=float(megabytes), gradient_as_bucket_view=True
+        )
+        yield f"buckets of {megabytes} MB, {blocks or 'NCCL chooses its'} blocks", wrapped
+
+
+def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumulated: int) -> list[dict]:
+    """Peak memory and speed of micro-batches within 22 GiB, accumulated to so many images, or twice where that is 0."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT / total))
     rows = []
     for micro, more in itertools.product(batches, ([], ["--checkpoint-activations"])):
         row = {"model": model, "micro_batch": micro, "checkpoint_activations": bool(more), "images_per_second": None}
         try:
-            trainer = make_trainer(folder, model, 256, ["--micro-batch", str(micro), *more])
+            images = accumulated or 2 * micro
+            trainer = make_trainer(folder, model, images, ["--micro-batch", str(micro), *more])
             trainer.prepare()
             with fast_attention(trainer.device):
-                row |= timed(trainer, 256, steps)
-            row["images_per_second"] = 256 / row["seconds_a_step"]
+                row |= timed(trainer, images, steps)
+            row["images_per_second"] = images / row["seconds_a_step"]
         except torch.OutOfMemoryError:
             print(f"{micro} images do not fit")
         rows.append(row)
@@ -323,9 +348,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batches", type=int, nargs="+", default=[32, 128], help="images a process, one row each")
     add("--images", type=int, default=4096, help="of the random store")
     add("--steps", type=int, default=10, help="steps in each of three timed parts")
-    add("--reference", action="store_true", help="also time the peers' plain recipe")
+    add("--image-size", type=int, default=256, help="pixels of the images that the latents stand for")
+    add("--reference", type=int, nargs="*", metavar="BATCH", help="also time the peers' plain recipe; at all --batches")
     add("--profile", action="store_true", help="also show where the time of the largest batch goes")
-    add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of 256 images")
+    add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS]", help="ways to exchange gradients, at all --batches")
+    add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
+    add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
     add("--out", type=Path, required=True, help="JSON file of the results")
     return parser.parse_args(argv)
@@ -334,15 +362,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), args.images)
+        make_data(Path(folder), args.images, args.image_size)
         result = small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder))
     if int(os.environ.get("RANK", 0)) == 0:
-        on_gpu = torch.cuda.is_available()
+        on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+        launcher = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
         facts = {
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "processes": processes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-            "command": "python -m benchmarks.bench_train " + " ".join(sys.argv[1:] if argv is None else argv),
+            "command": f"{launcher} -m benchmarks.bench_train " + " ".join(sys.argv[1:] if argv is None else argv),
             "date": str(date.today()),
         }
         write_json(args.out, facts | result)
@@ -351,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def small_table(args: argparse.Namespace, folder: Path) -> dict:
     """The table of --memory."""
-    rows = small_cards(folder, args.model, args.batches, args.steps)
+    rows = small_cards(folder, args.model, args.batches, args.steps, args.accumulated)
     show(
         rows,
         {"model": "", "micro_batch": "", "checkpoint_activations": "", "images_per_second": ".1f", "peak_gb": ".1f"},
@@ -384,19 +413,25 @@ def speed_table(args: argparse.Namespace, folder: Path) -> dict:
 
     with fast_attention(device):
         for batch in args.batches:
+            linear = None
             if world > 1:
                 use(trainer, alone)
                 add_row("one process alone", batch, 1, timed(trainer, batch, args.steps))
-                use(trainer, exchanging)
-            add_row("train.py", batch, world, timed(trainer, batch, args.steps))
-            if world > 1:
-                rows[-1]["share_of_linear"] = rows[-1]["images_per_second"] / world / rows[-2]["images_per_second"]
+                linear = world * rows[-1]["images_per_second"]
+            for what, model in itertools.chain([("train.py", exchanging)], exchanges(trainer, args.exchange)):
+                use(trainer, model)
+                add_row(what, batch, world, timed(trainer, batch, args.steps))
+                rows[-1]["share_of_linear"] = linear and rows[-1]["images_per_second"] / linear
         if args.profile:
+            use(trainer, exchanging)
             result["profile"] = where_time_goes(trainer, args.batches[-1])
+            if world > 1:
+                use(trainer, alone)
+                result["profile alone"] = where_time_goes(trainer, args.batches[-1])
     trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
-    exchanging = alone = None
-    if args.reference:
-        for batch in args.batches:
+    exchanging = alone = model = None
+    if args.reference is not None:
+        for batch in args.reference or args.batches:
             add_row("peers' recipe", batch, 1, peers(plain, batch, max(1, args.steps // 3), device))
     columns = {"what": "", "batch": "", "images_per_second": ".1f", "tflops": ".0f", "share_of_ceiling": ".1%"}
     columns |= {"peak_gb": ".1f", "first_step_seconds": ".1f", "share_of_linear": ".1%"}
