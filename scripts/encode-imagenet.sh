@@ -13,8 +13,12 @@
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"
 : "${IMAGENET:?is not set: name the training images, as in IMAGENET=/data/imagenet/train bash $0}"
-keep=--keep-images
-[ "${KEEP_IMAGES:-yes}" = yes ] || keep=
+case ${KEEP_IMAGES:-yes} in
+    yes) keep=--keep-images ;;
+    no) keep= ;;
+    *) echo "KEEP_IMAGES=$KEEP_IMAGES: expected yes or no" >&2 && exit 2 ;;
+esac
+batch=$((64 * 256 ** 2 / size ** 2 / views))
 launch -m scripts.encode_dataset "$IMAGENET" --out "$store" --codec "$codec" --image-size "$size" --views "$views" \
     --encoder "$encoder" "${encoder_weights[@]/#/--encoder-weights=}" --holdout "${HOLDOUT:-0.01}" $keep \
-    --batch-size $((64 * 256 ** 2 / size ** 2 / views)) "$@"
+    --batch-size $((batch > 0 ? batch : 1)) "$@"

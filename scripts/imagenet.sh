@@ -7,6 +7,10 @@
 #   BATCH, MICRO_BATCH   global batch, and the most images in a forward pass: the rest by accumulation
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 size=${SIZE:-256} views=${VIEWS:-1} batch=${BATCH:-256} align=${ALIGN:-0.5}
+count SIZE "$size"
+count VIEWS "$views"
+count BATCH "$batch"
+count MICRO_BATCH "${MICRO_BATCH:-1}"
 name=imagenet$size
 [ "$views" = 1 ] || name=$name-flips
 store=${STORE:-data/$name} bank=${BANK:-banks/$name} codec=${CODEC:-sd-vae-ft-mse}

@@ -18,6 +18,15 @@ nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)'
     exit 1
 }
 
+count() { # count NAME VALUE: leave unless the variable NAME is a whole number from 1 on
+    [[ $2 =~ ^[1-9][0-9]{0,11}$ ]] && return 0
+    echo "$1=$2: expected a whole number of at least 1" >&2
+    exit 2
+}
+count NPROC "$nproc"
+count NODES "$nodes"
+[ "$nodes" = 1 ] || : "${HEAD:?is not set: with NODES=$nodes it names the first machine}"
+
 launcher='' stopped=''
 stop() {
     stopped=yes

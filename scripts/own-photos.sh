@@ -22,12 +22,20 @@ if [ $# -lt 1 ]; then
 fi
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 photos=$(absolute "$1") work=$(absolute "${OUT:-photos}")
+if [ ! -e "$photos" ]; then
+    echo "$photos is not there: expected a folder of images, or a zip" >&2
+    exit 2
+fi
 source "$(dirname "$0")/setup.sh"
 install -r requirements.txt
 source scripts/launch.sh
 store=$work/data/photos bank=$work/bank run=$work/run
 encoder=${ENCODER:-dinov2-vitb14} audit=${AUDIT:-efficientnet-lite0}
-steps=${STEPS:-30000} batch=${BATCH:-128} model=${MODEL:-SiT-B/2} most=64
+steps=${STEPS:-30000} batch=${BATCH:-128} rate=${RATE:-200} model=${MODEL:-SiT-B/2} most=64
+count STEPS "$steps"
+count BATCH "$batch"
+count RATE "$rate"
+count MICRO_BATCH "${MICRO_BATCH:-1}"
 samples=$work/samples/$steps-steps page=$work/evaluation/$steps-steps
 if [ -n "${INIT:-}" ]; then
     show='import sys, models.checkpoint as c; print(c.load_model(sys.argv[1], bank=False)[1]["model_config"]["model"])'
@@ -37,15 +45,21 @@ case $model in *XL*) most=16 ;; *-L*) most=32 ;; esac
 train=(train.py --store "$store" --bank "$bank" --out "$run" --model "$model" --steps "$steps" --batch-size "$batch")
 train+=(--micro-batch "$(micro_batch "$batch" "${MICRO_BATCH:-$most}")" ${INIT:+--init "$INIT"} "${@:2}")
 
-tenths=$((steps * batch / ${RATE:-200} / 360))
-echo "training: $steps steps of $batch images, $((tenths / 10)).$((tenths % 10)) hours at ${RATE:-200} images/s (an estimate: RATE)"
+tenths=$((steps * batch / rate / 360))
+echo "training: $steps steps of $batch images, $((tenths / 10)).$((tenths % 10)) hours at $rate images/s (an estimate: RATE)"
 python "${train[@]}" --dry-run 2>/dev/null | grep -E '^(memory|disk)' || true # no store yet: for 256 pixels
 
 launch -m scripts.encode_dataset "$photos" --out "$store" --codec "${CODEC:-sd-vae-ft-mse}" --image-size "${SIZE:-256}" \
     --views "${VIEWS:-2}" --holdout "${HOLDOUT:-0.05}" --keep-images --upright --batch-size 16 \
     --encoder "$encoder" ${ENCODER_WEIGHTS:+--encoder-weights "$ENCODER_WEIGHTS"}
 launch -m scripts.encode_dataset "$photos" --out "$store" --add "$audit" --batch-size 16
-images=$(python -c 'import sys; from dataset import read_meta; print(read_meta(sys.argv[1])["num_images"])' "$store")
+rows() { [ ! -f "$1/files.txt" ] || wc -l <"$1/files.txt"; }
+images=$(($(rows "$store") + 0)) held=$(($(rows "$store-holdout") + 0))
+if [ $images -lt 10 ] || [ $held -lt 4 ]; then
+    echo "$photos: $images images, and $held held out for the page of metrics; expected at least 10 and 4." >&2
+    echo "Add images, or hold out a larger share, HOLDOUT=0.1, with another OUT" >&2
+    exit 2
+fi
 launch -m memory.build_bank --store "$store" --encoder "$encoder" --out "$bank" --k "${K:-$((images / 10))}"
 launch "${train[@]}"
 launch sample_ddp.py --checkpoint "$run" --out "$samples" --num-images "${IMAGES:-1000}" --batch-size 64 \

@@ -284,6 +284,36 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
 
 
+WRONG = ["train-gmem-xl SIZE=abc", "train-gmem-b BATCH=0", "train-sit-xl MICRO_BATCH=1e3", "encode-imagenet VIEWS=0"]
+WRONG += ["encode-imagenet KEEP_IMAGES=false", "sample-sit-xl NPROC=all", "evaluate NODES=two", "own-photos STEPS=1e5"]
+WRONG += ["own-photos RATE=0", "own-photos BATCH=08"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_variables_are_named(root, environment, wrong):
+    script, variable = wrong.split()
+    name, value = variable.split("=")
+    environment = environment | {"IMAGENET": str(root / "assets"), "VIRTUAL_ENV": sys.prefix}
+    said = bash(root, environment, f"{script}.sh", root / "assets", status=2, **{name: value})
+    assert said.splitlines()[-1].startswith(f"{variable}: expected ")
+
+
+def test_own_photos_stops_early_where_there_are_too_few(root, tmp_path):
+    """Before the bank and the training, whose page at the end could not be made."""
+    assert "is not there: expected a folder" in bash(root, os.environ, "own-photos.sh", tmp_path / "none", status=2)
+    commands = programs(tmp_path / "bin", "/bin/sh", python='echo "$@" >>"$WORDS"')
+    shell = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "VIRTUAL_ENV": "x", "NPROC": "1"}
+    shell |= {"WORDS": str(tmp_path / "words"), "OUT": str(tmp_path)}
+    for images, held, status in ((9, 40, 2), (120, 3, 2), (120, 4, 0)):
+        for name, rows in (("photos", images), ("photos-holdout", held)):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / name / "files.txt").write_text("a.jpg\n" * rows)
+        said = bash(root, shell, "own-photos.sh", tmp_path, status=status)
+        assert (f"{images} images, and {held} held out" in said) == (status == 2)
+    assert "memory.build_bank" in (tmp_path / "words").read_text()
+    assert (tmp_path / "words").read_text().count("--k 12\n") == 1
+
+
 def test_a_dry_run_tells_what_is_missing(root, environment, tmp_path):
     said = bash(root, environment, "train-gmem-b.sh", "--dry-run", status=1, STORE=tmp_path / "s", BANK=tmp_path / "b")
     assert "memory a process  2.6" in said
