@@ -8,6 +8,7 @@
 #   bash scripts/evaluate.sh RUN --quick [OPTIONS of evaluations.evaluator: --inception, --encoder, …]
 #   REF=FILE        reference (default: the run's store, if it keeps its images)
 #   IMAGES=10000 SAMPLER=euler STEPS=50 BATCH=64     the samples; KEEP=1 keeps them (2 GB a checkpoint at 256 px)
+#   sbatch --array 0-3 scripts/slurm.sh scripts/evaluate.sh RUN --quick      four jobs share the checkpoints
 # Writes RUN/quick/0050000.euler-50-n10000.json … and curve.png. No figure of it compares with tables of 50,000 images.
 #
 # Either runs on all GPUs of this machine (NPROC=1: on one). Scoring 50,000 images of 256 px against a reference of 10,000
@@ -25,6 +26,12 @@ args = parse([sys.argv[1], "SAMPLES", *sys.argv[2:]])
 open_images(args.reference)
 args.encoder or find_weights(args.inception)'
 
+ours() { # ours STEP: whether this job of an array, or the only one, takes the checkpoint of that step
+    local sum
+    sum=$(cksum <<<"$1") # of the number itself, because the list of checkpoints changes while training runs
+    [ $((${sum%% *} % ${SLURM_ARRAY_TASK_COUNT:-1})) -eq $((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0})) ]
+}
+
 quick() { # quick RUN [OPTIONS]
     run=$1 reference=${REF:-}
     name=${SAMPLER:-euler}-${STEPS:-50}-n${IMAGES:-10000}
@@ -39,6 +46,7 @@ quick() { # quick RUN [OPTIONS]
     mkdir -p "$run/quick"
     for checkpoint in "$run"/checkpoints/[0-9]*.pt; do
         step=$(basename "$checkpoint" .pt)
+        ours "${step%-*}" || continue
         samples=$run/quick/${step%-*}.$name # a full state and a snapshot of one step hold the same averaged weights
         if [ -f "$samples.json" ]; then
             echo "$checkpoint has a result"

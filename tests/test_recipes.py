@@ -408,6 +408,28 @@ def test_a_runs_curve(root, site, environment):
     assert list((site / "run" / "quick").glob("*.json"))
 
 
+def test_a_job_array_shares_the_checkpoints(root, tmp_path):
+    steps = [f"{5000 * i:07d}" for i in range(1, 25)]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").touch()
+    for step in steps:
+        (tmp_path / "checkpoints" / f"{step}.pt").touch()
+        (tmp_path / "checkpoints" / f"{step}-ema.pt").touch()  # its result is the same
+    commands = programs(tmp_path / "bin", "/bin/sh", python='[ "$1" = -c ] || echo "$@" >>"$WORDS"')
+    shell = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "NPROC": "1", "REF": "r.npz", "KEEP": "1"}
+
+    def taken(name, **variables):
+        words = tmp_path / name
+        bash(root, shell, "evaluate.sh", tmp_path, "--quick", WORDS=words, **variables)
+        return set(re.findall(r"sample_ddp.py --checkpoint \S+/(\d+)", words.read_text()))
+
+    array = {"SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_MIN": 1}
+    parts = [taken(f"words {task}", SLURM_ARRAY_TASK_ID=task, **array) for task in (1, 2, 3)]
+    assert sorted(step for part in parts for step in part) == steps
+    assert all(parts)
+    assert sorted(taken("words")) == steps
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, root):
     """Sixty real images as folders of PNG files, and an encoder of reduced width."""
