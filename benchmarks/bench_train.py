@@ -307,11 +307,10 @@ def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.
         yield f"buckets of {megabytes} MB, {blocks or 'NCCL chooses its'} blocks", wrapped
 
 
-def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumulated: int) -> list[dict]:
+def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumulated: int) -> Iterator[dict]:
     """Peak memory and speed of micro-batches within 22 GiB, accumulated to so many images, or twice where that is 0."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT / total))
-    rows = []
     for micro, more in itertools.product(batches, ([], ["--checkpoint-activations"])):
         row = {"model": model, "micro_batch": micro, "checkpoint_activations": bool(more), "images_per_second": None}
         try:
@@ -323,12 +322,11 @@ def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumu
             row["images_per_second"] = images / row["seconds_a_step"]
         except torch.OutOfMemoryError:
             print(f"{micro} images do not fit")
-        rows.append(row)
         print(json.dumps(row), flush=True)
+        yield row
         trainer = None
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def show(rows: list[dict], columns: dict[str, str]) -> None:
@@ -350,7 +348,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=10, help="steps in each of three timed parts")
     add("--image-size", type=int, default=256, help="pixels of the images that the latents stand for")
     add("--reference", type=int, nargs="*", metavar="BATCH", help="also time the peers' plain recipe; at all --batches")
-    add("--profile", action="store_true", help="also show where the time of the largest batch goes")
+    add(
+        "--profile",
+        type=int,
+        nargs="*",
+        metavar="BATCH",
+        help="also show where the time goes; at the last of --batches",
+    )
     add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS]", help="ways to exchange gradients, at all --batches")
     add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
@@ -363,7 +367,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.images, args.image_size)
-        result = small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder))
+        for result in small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder)):
+            save(args.out, argv, result)
+
+
+def save(out: Path, argv: list[str] | None, result: dict) -> None:
+    """Write the table as far as it is, with what it was measured on."""
     if int(os.environ.get("RANK", 0)) == 0:
         on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
         launcher = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
@@ -374,22 +383,21 @@ def main(argv: list[str] | None = None) -> None:
             "command": f"{launcher} -m benchmarks.bench_train " + " ".join(sys.argv[1:] if argv is None else argv),
             "date": str(date.today()),
         }
-        write_json(args.out, facts | result)
-        print(json.dumps(facts))
+        write_json(out, facts | result)
 
 
-def small_table(args: argparse.Namespace, folder: Path) -> dict:
-    """The table of --memory."""
-    rows = small_cards(folder, args.model, args.batches, args.steps, args.accumulated)
-    show(
-        rows,
-        {"model": "", "micro_batch": "", "checkpoint_activations": "", "images_per_second": ".1f", "peak_gb": ".1f"},
-    )
-    return {"limit_gib": LIMIT / 2**30, "rows": rows}
+def small_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
+    """The table of --memory, as it grows."""
+    rows = []
+    for row in small_cards(folder, args.model, args.batches, args.steps, args.accumulated):
+        rows.append(row)
+        yield {"limit_gib": LIMIT / 2**30, "rows": rows}
+    columns = {"model": "", "micro_batch": "", "checkpoint_activations": "", "images_per_second": ".1f"}
+    show(rows, columns | {"peak_gb": ".1f"})
 
 
-def speed_table(args: argparse.Namespace, folder: Path) -> dict:
-    """The table of speeds, after the comparison with float32."""
+def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
+    """The table of speeds as it grows, after the comparison with float32."""
     begin = time.perf_counter()
     trainer = make_trainer(folder, args.model, args.batches[0], args.train_args)
     device, world = trainer.device, trainer.accelerator.num_processes
@@ -403,6 +411,7 @@ def speed_table(args: argparse.Namespace, folder: Path) -> dict:
     result["errors against float32"] = check(trainer, plain)
     trainer.accelerator.print(json.dumps(result))
     rows = []
+    result |= {"operations_an_image": flops, "rows": rows, "profiles": []}
 
     def add_row(what: str, batch: int, processes: int, numbers: dict) -> None:
         rate = batch * processes / numbers["seconds_a_step"]
@@ -422,24 +431,28 @@ def speed_table(args: argparse.Namespace, folder: Path) -> dict:
                 use(trainer, model)
                 add_row(what, batch, world, timed(trainer, batch, args.steps))
                 rows[-1]["share_of_linear"] = linear and rows[-1]["images_per_second"] / linear
-        if args.profile:
+                yield result
+        for batch in () if args.profile is None else args.profile or args.batches[-1:]:
             use(trainer, exchanging)
-            result["profile"] = where_time_goes(trainer, args.batches[-1])
+            result["profiles"].append({"what": "train.py", **where_time_goes(trainer, batch)})
             if world > 1:
                 use(trainer, alone)
-                result["profile alone"] = where_time_goes(trainer, args.batches[-1])
+                result["profiles"].append({"what": "one process alone", **where_time_goes(trainer, batch)})
+            yield result
     trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
     exchanging = alone = model = None
     if args.reference is not None:
         for batch in args.reference or args.batches:
             add_row("peers' recipe", batch, 1, peers(plain, batch, max(1, args.steps // 3), device))
+            yield result
     columns = {"what": "", "batch": "", "images_per_second": ".1f", "tflops": ".0f", "share_of_ceiling": ".1%"}
     columns |= {"peak_gb": ".1f", "first_step_seconds": ".1f", "share_of_linear": ".1%"}
     if trainer.accelerator.is_main_process:
         show(rows, columns)
-        for group, milliseconds in result.get("profile", {}).get("ms", {}).items():
-            print(f"{milliseconds:9.2f} ms  {group}")
-    return result | {"operations_an_image": flops, "rows": rows}
+        for profiled in result["profiles"]:
+            print(profiled["what"], profiled["batch"])
+            for group, milliseconds in profiled["ms"].items():
+                print(f"{milliseconds:9.2f} ms  {group}")
 
 
 if __name__ == "__main__":
