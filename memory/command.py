@@ -1,0 +1,46 @@
+"""How a command ends: what its user can mend is one line, and our own mistakes keep their traceback."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
+GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call a command's `main`; instead of a named error's traceback print `error: …` and leave with status 2.
+
+    Under torchrun all processes usually meet the same error: the first one prints it and the launcher ends the others
+    while they wait. An error of one of them alone names that process. The launcher's own report repeats the line.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not named(error):
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(GRACE)
+        message = f"error{f' of process {rank}' * (rank > 0)}: {error}"
+        print(message, file=sys.stderr, flush=True)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        sys.exit(REFUSED)
+
+
+def named(error: BaseException) -> bool:
+    """Whether an error speaks to the user: the system's, of files and disks, or one that a line of ours raises.
+
+    A ValueError out of a library, or of an operation that was given what it cannot take, is a mistake of ours.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = Path(last.filename).is_relative_to(ROOT) and (last.line or "").startswith("raise ")
+    return isinstance(error, OSError) or (raised_here and "site-packages" not in last.filename)

@@ -1,0 +1,100 @@
+"""What the user can mend is one line and status 2; what we must mend keeps its traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from memory import command
+from memory.files import read_json
+
+
+def refuse():
+    raise ValueError("--flag 3: expected 2")
+
+
+def not_finite():
+    raise FloatingPointError("step 3")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "message"),
+    [
+        (refuse, "error: --flag 3: expected 2\n"),
+        (not_finite, "error: step 3\n"),
+        (lambda: os.stat("nowhere"), "error: [Errno 2] No such file or directory: 'nowhere'\n"),
+        (lambda: read_json(__file__), f"error: {__file__} is no JSON file"),
+    ],
+)
+def test_a_named_error_is_one_line(main, message, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        command.run(main)
+    assert leaving.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: np.zeros(3) + np.zeros(4),
+        lambda: int("three"),
+        lambda: torch.distributions.Normal(0, -1),
+        lambda: {}["key"],
+    ],
+)
+def test_a_mistake_of_ours_keeps_its_traceback(main):
+    with pytest.raises((ValueError, KeyError)):
+        command.run(main)
+
+
+def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):
+    monkeypatch.setattr(command, "ROOT", command.Path(torch.__file__).parents[3])
+    with pytest.raises(ValueError, match="scale"):
+        command.run(lambda: torch.distributions.Normal(0, -1))
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        command.run(interrupted)
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_success_returns():
+    assert command.run(lambda: None) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_tells_its_launcher(rank, tmp_path, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        command.run(refuse)
+    message = ["error: --flag 3: expected 2", "error of process 1: --flag 3: expected 2"][rank]
+    assert capsys.readouterr().err == message + "\n"
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == message
+    assert waited == [command.GRACE] * rank
+
+
+def test_under_torchrun_one_process_speaks_and_the_report_ends_with_its_line(root, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["train.py", "--store", "nowhere", "--out", tmp_path / "run", "--condition", "none", "--model", "SiT-Ti/2"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1  # torchrun's
+    line = "error: --store: nowhere/meta.json does not exist"
+    lines = done.stderr.splitlines()
+    assert lines.count(line) == 1
+    assert lines[-2].strip() == f"traceback : {line}"
+    assert 'train.py", line' not in done.stderr
