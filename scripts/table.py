@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from evaluations.card import table
+from memory.command import run
 from memory.files import read_json
 
 
@@ -32,4 +33,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
