@@ -410,7 +410,7 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     use(trainer, alone)
     result["errors against float32"] = check(trainer, plain)
     trainer.accelerator.print(json.dumps(result))
-    rows = []
+    rows, linear = [], {}  # and images/s of all processes, if none waited for another, by batch
     result |= {"operations_an_image": flops, "rows": rows, "profiles": []}
 
     def add_row(what: str, batch: int, processes: int, numbers: dict) -> None:
@@ -420,18 +420,20 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
         rows.append(row | {"share_of_ceiling": tflops / result["ceiling_tflops"], **numbers})
         trainer.accelerator.print(json.dumps(rows[-1]), flush=True)
 
+    def add_way(what: str, model: nn.Module, batch: int) -> None:
+        use(trainer, model)
+        add_row(what, batch, world, timed(trainer, batch, args.steps))
+        if batch in linear:
+            rows[-1]["share_of_linear"] = rows[-1]["images_per_second"] / linear[batch]
+
     with fast_attention(device):
         for batch in args.batches:
-            linear = None
             if world > 1:
                 use(trainer, alone)
                 add_row("one process alone", batch, 1, timed(trainer, batch, args.steps))
-                linear = world * rows[-1]["images_per_second"]
-            for what, model in itertools.chain([("train.py", exchanging)], exchanges(trainer, args.exchange)):
-                use(trainer, model)
-                add_row(what, batch, world, timed(trainer, batch, args.steps))
-                rows[-1]["share_of_linear"] = linear and rows[-1]["images_per_second"] / linear
-                yield result
+                linear[batch] = world * rows[-1]["images_per_second"]
+            add_way("train.py", exchanging, batch)
+            yield result
         for batch in () if args.profile is None else args.profile or args.batches[-1:]:
             use(trainer, exchanging)
             result["profiles"].append({"what": "train.py", **where_time_goes(trainer, batch)})
@@ -439,6 +441,10 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
                 use(trainer, alone)
                 result["profiles"].append({"what": "one process alone", **where_time_goes(trainer, batch)})
             yield result
+        for what, model in exchanges(trainer, args.exchange):
+            for batch in args.batches:
+                add_way(what, model, batch)
+                yield result
     trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
     exchanging = alone = model = None
     if args.reference is not None:
