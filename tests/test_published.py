@@ -150,13 +150,13 @@ def repa_training(path):
     return state
 
 
-def repa_old(path):
+def repa_old(path, depth=8):
     state = published_state("label", heads=(7,))
     old = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        if parts[0] == "blocks" and int(parts[1]) >= 8:
-            parts[:2] = "decoder_blocks", str(int(parts[1]) - 8)
+        if parts[0] == "blocks" and int(parts[1]) >= depth:
+            parts[:2] = "decoder_blocks", str(int(parts[1]) - depth)
         old[".".join(parts)] = tensor
     torch.save({"ema": old}, path)
     return state
@@ -205,9 +205,12 @@ def test_a_published_file_gives_its_authors_function(tmp_path, write):
 
 
 def test_alignment_heads_keep_their_place(tmp_path):
-    repa_old(tmp_path / "old.pt")
+    for depth in (8, 4):
+        state = repa_old(tmp_path / "old.pt", depth)
+        old = load_model(tmp_path / "old.pt")[0]
+        assert old.config["align_depth"] == depth
+        assert all(torch.equal(tensor, state[name]) for name, tensor in old.state_dict().items())
     repa_training(tmp_path / "new.pt")
-    assert load_model(tmp_path / "old.pt")[0].config["align_depth"] == 8
     model, config, _ = load_model(tmp_path / "new.pt")
     assert (model.config["align_depth"], model.config["align_dims"]) == (4, [7, 9])
     assert (config["args"]["lr"], config["args"]["exp_name"]) == (1e-4, "a")
