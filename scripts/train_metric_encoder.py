@@ -6,9 +6,10 @@
 
 A distance in features that a label-trained classifier found important is blind to the rest, and one in the features of
 the snippets' own encoder flatters whatever was conditioned on them. This network differs in architecture and objective:
-a ResNet-18 learns to tell two random views of one image (crop, rotation, contrast, noise) from the views of all others
-in the batch (SimCLR: Chen et al. 2020, arXiv 2002.05709, equation 1). Beside the weights a JSON file says how it was
-made, and how often a held-out image's nearest training image has its label, beside the same for random weights.
+a ResNet-18 (or the `--model` of timm) learns to tell two random views of one image (crop, rotation, contrast, noise)
+from the views of all others in the batch (SimCLR: Chen et al. 2020, arXiv 2002.05709, equation 1). Beside the weights,
+whose matrices are kept as float16, a JSON file says how it was made, and how often a held-out image's nearest training
+image has its label, beside the same for random weights.
 
 Reads the store, which needs its images (--keep-images), and STORE-holdout where there is one.
 """
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import LatentDataset, rows_of_step
+from memory.command import run
 from memory.files import atomic, check_folder, write_json
 from memory.provenance import provenance
 from models.encoder import Encoder, load_encoder
 
-MODEL, SIZE = "resnet18", 64  # 32 pixels enlarged: its stem alone shrinks by 4
+SIZE = 64  # pixels that it looks at: 32 enlarged, because the stem alone shrinks by 4
 PROJECTION = 128
 QUERIES = 2_000  # held-out images in the nearest-neighbour check
 
@@ -45,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--store", type=Path, required=True, help="store encoded with --keep-images")
     add("--out", type=Path, required=True, help="file of the weights, NAME.safetensors; NAME.json says how it was made")
+    add("--model", default="resnet18", help="convolutional network of timm")
     add("--steps", type=int, default=3_000, help="of training")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=1e-3, help="largest learning rate of AdamW; warmed up, then a half cosine")
@@ -54,6 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 2:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 2")
+    if not timm.is_model(args.model):
+        parser.error(f"--model {args.model}: timm {timm.__version__} has no such model")
     if args.out.suffix != ".safetensors" or args.out.exists():
         parser.error(f"--out {args.out}: expected a new file that ends in .safetensors")
     if not (args.lr > 0 and args.temperature > 0) or args.seed < 0:
@@ -117,6 +122,11 @@ def train(network: nn.Module, store: LatentDataset, args: argparse.Namespace, de
     return torch.stack(losses).tolist()
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """What the file holds of a tensor: matrices as float16, which halves it; statistics and biases as they are."""
+    return (tensor.half() if tensor.ndim > 1 else tensor).contiguous().cpu()
+
+
 def neighbour_accuracy(encoder: Encoder, store: LatentDataset, holdout: LatentDataset) -> float:
     """Share of held-out images whose nearest training image, by the cosine of features, has their label."""
 
@@ -141,18 +151,19 @@ def main(argv: list[str] | None = None) -> None:
     holdout = LatentDataset(beside, images=True) if beside.is_dir() else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    network = timm.create_model(MODEL, pretrained=False).to(device)  # its classifier is not trained, but of the format
+    network = timm.create_model(args.model, pretrained=False).to(device, memory_format=torch.channels_last)
+    torch.nn.init.zeros_(network.get_classifier().weight)  # not trained, but of the format
     untrained = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     losses = train(network, store, args, device)
 
     accuracy = {}
     with atomic(args.out) as temporary:
         for name, state in (("random weights", untrained), ("trained", network.state_dict())):
-            save_file({key: tensor.contiguous().cpu() for key, tensor in state.items()}, temporary)
+            save_file({key: kept(tensor) for key, tensor in state.items()}, temporary)
             if holdout is not None and store.meta["num_classes"]:
-                encoder = load_encoder(f"{MODEL}@{SIZE}", temporary, device)
+                encoder = load_encoder(f"{args.model}@{SIZE}", temporary, device)
                 accuracy[name] = round(neighbour_accuracy(encoder, store, holdout), 4)
-    facts = {"encoder": f"{MODEL}@{SIZE}", "store_fingerprint": store.meta["fingerprint"], "steps": args.steps}
+    facts = {"encoder": f"{args.model}@{SIZE}", "store_fingerprint": store.meta["fingerprint"], "steps": args.steps}
     facts |= {"batch_size": args.batch_size, "lr": args.lr, "temperature": args.temperature, "seed": args.seed}
     facts |= {"first_loss": losses[0], "last_loss": float(np.mean(losses[-50:])), "nearest_has_the_label": accuracy}
     made = provenance(argv) | {"seconds": round(time.perf_counter() - began, 1)}
@@ -163,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

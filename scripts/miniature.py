@@ -1,0 +1,409 @@
+"""The paper's claim in miniature: one command for each arm, which makes whatever it needs that is not there yet.
+
+    python -m scripts.miniature glyphs label nearest-10 own --search            # the search, a run for each setting
+    python -m scripts.miniature glyphs label nearest-10 own --seeds 0 1 2       # the runs, at the settings it found
+
+evaluations/miniature.md is the protocol. Everything is done by the project's own commands, called one after another in
+this process; each log holds their lines. What is finished is skipped, so that runs can be spread over many calls, and
+`--seconds` begins none that would not end in time.
+
+Reads   ROOT/sources/ (glyphs are rendered, Fashion-MNIST is Debian's package), and LOGS/DATASET/metric.safetensors,
+        the encoder that scores, so that figures of different days compare
+Writes  ROOT/{data,banks,runs,samples}/…    LOGS/DATASET/ARM-SEED.json    LOGS/DATASET/search/ARM-SETTING.json
+        LOGS/DATASET/controls.json          what real images score
+"""
+
+import argparse
+import gc
+import json
+import math
+import shlex
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+import sample_ddp
+import train
+from dataset import LatentDataset, read_meta
+from evaluations import controls, copies, evaluator
+from memory import build_bank
+from memory.bank import MemoryBank
+from memory.command import run
+from memory.files import atomic, read_json, write_json
+from memory.provenance import provenance
+from models.checkpoint import read_checkpoint
+from scripts import derive_features, encode_dataset, make_glyphs, train_metric_encoder
+
+ENCODER, METRIC = "efficientnet-lite0", "regnetx_002@64"  # of the snippets, and of the score
+CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
+RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6, 36)  # searched: learning rate, factor on the condition
+ALIGN = ("--align-coeff", "0.5", "--align-encoder", f"{ENCODER}@256")  # 8 × 8 patches, as many as the network's tokens
+SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
+LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
+AUDITED = ("near_copies", "near_copies_held_out", "excess", "standard_error", "authenticity", "authenticity_held_out")
+HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: how its images are made, what share is held out, and whose metric encoder scores it."""
+
+    characters: int | None = None  # of glyphs; None: Fashion-MNIST
+    holdout: float = 0.1
+    metric: str = "glyphs"
+
+
+DATA = {
+    "glyphs": Data(2500),
+    "fashion": Data(metric="fashion"),
+    "glyphs-100": Data(100),
+    "glyphs-500": Data(500),
+    "glyphs-6384": Data(6384),
+    "glyphs-half": Data(2500, holdout=0.5),  # trained on half A, scored against half B
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm of the comparison trains on."""
+
+    condition: str = "snippet"
+    features: str = ENCODER
+    share: float = 0.1  # rows of the bank by training images; 1 keeps every feature, and trains on the image's own
+    passes: int = 5  # of k-means; 0 takes random rows
+    options: tuple[str, ...] = ()  # of the network
+    words: tuple[str, ...] = ()  # of train.py
+    like: str | None = None  # the arm whose search it shares
+    variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # other ways to sample its last checkpoint
+
+
+GUIDED = {f"guided-{scale}": ("--guide", "null", "--guidance-scale", str(scale)) for scale in (1.25, 1.5, 2.0)}
+SAMPLERS = {"sde-250": ("--sampler", "sde", "--steps", "250"), "heun-50": ("--sampler", "heun")}
+DRAWS = {"draw-random": ("--snippets", "random"), "snippets-held-out": ("--snippets", HELD_OUT)}
+
+ARMS = {
+    "none": Arm("none", variants=SAMPLERS),
+    "label": Arm("label", variants=GUIDED | SAMPLERS),
+    "nearest-10": Arm(variants=SAMPLERS | DRAWS),
+    "own": Arm(share=1, variants=SAMPLERS | DRAWS),
+    "label-align": Arm("label", words=ALIGN, like="label"),
+    "nearest-10-align": Arm(words=ALIGN, like="nearest-10"),
+    "rows-10": Arm(passes=0, like="nearest-10"),
+    "random": Arm(features="random", share=1, like="own"),
+    "class-mean": Arm(features="class-mean", share=1, like="own"),
+    "nearest-1": Arm(share=0.01, like="nearest-10"),
+    "nearest-50": Arm(share=0.5, like="nearest-10"),
+    "label+nearest-10": Arm("label+snippet", like="nearest-10"),
+    "label+nearest-10-align": Arm("label+snippet", words=ALIGN, like="nearest-10"),
+    "dropout-0": Arm(options=("snippet_dropout=0",), like="nearest-10"),
+    "dropout-40": Arm(options=("snippet_dropout=0.4",), like="nearest-10"),
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Train, sample and score arms of the miniature.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("dataset", choices=DATA, help="data set")
+    add("arms", nargs="*", metavar="ARM", help=f"in this order: {', '.join(ARMS)}; none given: only the data")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the runs")
+    add("--search", action="store_true", help="search learning rate and scale, with the first seed")
+    add("--lr", type=float, help="learning rate, instead of what the search found, or would try")
+    add("--scale", type=float, help="factor on the condition, likewise")
+    add("--steps", type=int, help="of training; 8,000, in the search 1,500")
+    add("--num-images", type=int, default=10_000, help="samples that are scored")
+    add("--model", default="SiT-S/4", help="preset of models/sit.py")
+    add("--batch-size", type=int, default=256, help="of training")
+    add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
+    add("--seconds", type=float, default=math.inf, help="begin no run that would end later than this")
+    add("--root", type=Path, default=Path("runs/miniature"), help="folder of everything large")
+    add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (1_500 if args.search else 8_000)
+    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+        parser.error(f"arms {', '.join(unknown)}: expected {', '.join(ARMS)}")
+    if unsearched := [arm for arm in args.arms if args.search and ARMS[arm].like]:
+        parser.error(f"--search: {', '.join(unsearched)} share another arm's settings; search that one")
+    return args
+
+
+class Miniature:
+    """One data set: its files, and the runs on them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.data = args, DATA[args.dataset]
+        self.store, self.logs = args.root / "data" / args.dataset, args.logs / args.dataset
+        self.holdout = self.store.with_name(f"{self.store.name}-holdout")
+        weights = args.logs / self.data.metric / "metric.safetensors"
+        self.metric = ["--encoder", METRIC, "--encoder-weights", str(weights)]
+        self.began, self.longest = time.perf_counter(), 0.0
+        self.prepare(weights)
+        self.images = read_meta(self.store)["num_images"]
+
+    def prepare(self, weights: Path) -> None:
+        """Make store and metric encoder where they are missing."""
+        encode = ["--out", str(self.store), "--batch-size", "512"]
+        if not (self.store / "meta.json").is_file():
+            words = ["--codec", "pixels", "--image-size", "32", "--holdout", str(self.data.holdout), "--keep-images"]
+            call(encode_dataset, [str(self.source()), *encode, *words, "--encoder", ENCODER])
+        if not weights.is_file():
+            if self.data.metric != self.args.dataset:
+                raise ValueError(f"{weights} scores {self.args.dataset}: `scripts.miniature {self.data.metric}` first")
+            words = ["--store", str(self.store), "--out", str(weights), "--model", METRIC.partition("@")[0]]
+            call(train_metric_encoder, [*words, "--steps", "2000"])
+        if METRIC not in read_meta(self.store)["encoders"]:
+            call(encode_dataset, [str(self.source()), *encode, "--add", METRIC, *self.metric[2:]])
+
+    def source(self) -> Path:
+        """The images as they come: glyphs, rendered if they are not there, or Debian's Fashion-MNIST."""
+        sources = self.args.root / "sources"
+        if self.data.characters is None:
+            copy = sources / "fashion-mnist"
+            return copy if copy.is_dir() else Path("/usr/share/datasets/fashion-mnist")
+        path = sources / f"glyphs-{self.data.characters}.zip"
+        if not path.is_file():
+            call(make_glyphs, ["--out", str(path), "--characters", str(self.data.characters)])
+        return path
+
+    def bank(self, arm: Arm) -> Path:
+        """The bank that an arm draws from, built if it is not there."""
+        if arm.features not in read_meta(self.store)["encoders"]:
+            call(derive_features, [arm.features, "--store", str(self.store), "--encoder", ENCODER])
+        rows = "all" if arm.share == 1 else str(max(1, round(arm.share * self.images)))
+        folder = self.args.root / "banks" / self.args.dataset / f"{arm.features}-{rows}-{arm.passes}"
+        if not (folder / "bank.json").is_file():
+            words = ["--store", str(self.store), "--encoder", arm.features, "--out", str(folder), "--k", rows]
+            call(build_bank, [*words, "--passes", str(arm.passes)])
+        return folder
+
+    def found(self, arm: str) -> list[dict]:
+        """Logs of the search that holds for an arm, the lowest FD on held-out images first."""
+        logs = [read_json(path) for path in sorted((self.logs / "search").glob("*.json"))]
+        searched = [log for log in logs if log["arm"] == (ARMS[arm].like or arm) and log["curve"]]
+        return sorted(searched, key=lambda log: log["curve"][-1]["held_out"]["fd"])
+
+    def search(self, arm: str) -> None:
+        """Runs over the scales at the middle learning rate, then over the other rates at the best scale; or the one run
+        whose learning rate or scale is given."""
+        args, given = self.args, (self.args.scale,) if self.args.scale else SCALES
+        for scale in (None,) if ARMS[arm].condition == "none" else given:
+            self.run(arm, args.seeds[0], args.lr or RATES[len(RATES) // 2], scale)
+        if args.lr is None and args.scale is None and (found := self.found(arm)):
+            for lr in RATES:
+                self.run(arm, args.seeds[0], lr, found[0]["settings"]["scale"])
+
+    def settings(self, arm: str) -> tuple[float, float | None]:
+        """Learning rate and scale of an arm: as given, or as found."""
+        lr, scale = self.args.lr, self.args.scale
+        if lr is None or (scale is None and ARMS[arm].condition != "none"):
+            if not (found := self.found(arm)):
+                raise ValueError(f"{arm}: nothing in {self.logs / 'search'}: run --search, or give --lr and --scale")
+            best = found[0]["settings"]
+            lr, scale = lr or best["lr"], scale or best["scale"]
+        return lr, scale
+
+    def run(self, arm: str, seed: int, lr: float, scale: float | None) -> None:
+        """Train, and score on the way; write the log after every part, and do no part that it has."""
+        args, began = self.args, time.perf_counter()
+        name = f"search/{arm}-lr{lr:g}-scale{scale or 0:g}" if args.search else f"{arm}-{seed}"
+        path, folder = self.logs / f"{name}.json", args.root / "runs" / args.dataset / name
+        log = read_json(path) if path.is_file() else {}
+        points = [args.steps] if args.search else [*(step for step in CURVE if step < args.steps), args.steps]
+        left = [step for step in points if step not in [point["step"] for point in log.get("curve", [])]]
+        variants = {} if args.search or not args.variants else ARMS[arm].variants
+        variants = {way: words for way, words in variants.items() if way not in log.get("variants", {})}
+        if not left and not variants:
+            return
+        if began - self.began + self.longest > args.seconds:
+            print(f"{name}: not begun, its time would be over", flush=True)
+            return
+        torch.compiler.reset()  # the networks of earlier runs would fill its cache
+        last = folder / "checkpoints" / f"{args.steps:07d}-ema.pt"
+        bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
+        every = math.gcd(*points)
+        words = self.training(arm, bank, lr, scale)
+        words += ["--out", str(folder), "--seed", str(seed), "--steps", str(args.steps), "--snapshot-every", str(every)]
+        words += ["--eval-every", str(every), "--log-every", str(min(every, 100)), "--save-every", str(args.steps)]
+        trained = line(train, words)
+        if not last.is_file():
+            call(train, [*words, "--sample-every", "0", "--keep", "1"])
+        lines = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+        rate = statistics.median(entry["images_per_second"] for entry in lines if "images_per_second" in entry)
+        log = {
+            "format": 1,
+            **{"dataset": args.dataset, "arm": arm, "seed": seed, "steps": args.steps},
+            "settings": {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
+            | {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC},
+            "parameters": sum(tensor.numel() for tensor in read_checkpoint(last)["ema"].values()),
+            "images_per_second": rate,
+            "commands": {"train": trained},
+            "curve": log.get("curve", []),
+            "variants": log.get("variants", {}),
+            "made": provenance(processes=1),
+        }
+        draw = self.draw(arm, bank, seed)
+        for step in left:
+            losses = {key: entry[key] for entry in lines if entry["step"] == step for key in LOSSES if key in entry}
+            point = {"step": step, "seconds": round(step * args.batch_size / rate, 2), "images": step * args.batch_size}
+            point |= {LOSSES[key]: value for key, value in losses.items()}
+            made = self.sample(last.with_name(f"{step:07d}-ema.pt"), f"{name}/{step}", seed, draw)
+            log["commands"] |= {"sample": made[0]}
+            log["curve"] = sorted([*log["curve"], point | self.score(made[1])], key=lambda point: point["step"])
+            write_json(path, log)
+            if step == args.steps:
+                shutil.copyfile(made[1] / "preview.png", path.with_suffix(".png"))
+        if not args.search:
+            samples = args.root / "samples" / args.dataset / name / str(args.steps)
+            if samples.is_dir() and "copies" not in log:
+                log["copies"] = self.audit(samples)
+                self.control(arm, bank, samples)
+            for way, changes in variants.items():
+                made = self.sample(last, f"{name}/{way}", seed, [*draw, *self.filled(changes)])
+                log["variants"][way] = {**self.score(made[1]), "command": made[0]}
+                write_json(path, log)
+            write_json(path, log)
+        self.clean(folder, last, args.root / "samples" / args.dataset / name)
+        self.longest = max(self.longest, time.perf_counter() - began)
+        point = log["curve"][-1]
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in point["held_out"].items())
+        print(f"{name}: {figures}; {rate:,.0f} images/s, {time.perf_counter() - began:.0f} s in all", flush=True)
+
+    def training(self, arm: str, bank: Path | None, lr: float, scale: float | None) -> list[str]:
+        """What train.py is told of an arm."""
+        args, spec = self.args, ARMS[arm]
+        options = [*spec.options]
+        if "snippet" in spec.condition:
+            options += [f"snippet_scale={scale:g}"]
+        if "label" in spec.condition:
+            options += [f"label_scale={scale:g}"]
+        words = ["--store", str(self.store), "--model", args.model, "--condition", spec.condition, "--lr", f"{lr:g}"]
+        words += ["--batch-size", str(args.batch_size), *spec.words]
+        words += ["--model-options", *options] if options else []
+        words += ["--bank", str(bank), "--snippet-from", "own" if spec.share == 1 else "nearest"] if bank else []
+        return words if spec.words else [*words, "--resident"]  # the alignment's images stay on disk
+
+    def draw(self, arm: str, bank: Path | None, seed: int) -> list[str]:
+        """How samples get conditions: by sample_ddp.py's rules, but pairs of label and snippet from one image each."""
+        if ARMS[arm].condition != "label+snippet":
+            return []
+        rows = np.random.default_rng(seed).integers(self.images, size=self.args.num_images)
+        arrays = {"labels": np.array(LatentDataset(self.store).labels)[rows]}
+        arrays["snippets"] = MemoryBank.load(bank).assignment[rows, 0].numpy().astype(np.int64)
+        words = []
+        for what, values in arrays.items():
+            words += [f"--{what}", str(self.file(f"{arm}-{seed}-{what}", values))]
+        return words
+
+    def filled(self, words: Sequence[str]) -> list[str]:
+        """A variant's words, with a file of the held-out images' features where it asks for them."""
+        if HELD_OUT not in words:
+            return list(words)
+        features = LatentDataset(self.holdout, ENCODER).features[:, 0].astype(np.float32)
+        return [str(self.file("held-out-features", features)) if word == HELD_OUT else word for word in words]
+
+    def file(self, name: str, values: np.ndarray) -> Path:
+        """An array on disk."""
+        path = self.args.root / "samples" / self.args.dataset / f"{name}.npy"
+        with atomic(path) as temporary:
+            np.save(temporary, values)
+        return path
+
+    def sample(self, checkpoint: Path, name: str, seed: int, words: list[str]) -> tuple[str, Path]:
+        """Images from a checkpoint: the command's line, and their folder."""
+        out = self.args.root / "samples" / self.args.dataset / name
+        base = ["--checkpoint", str(checkpoint), "--out", str(out), "--num-images", str(self.args.num_images)]
+        base += [*SAMPLER, "--seed", str(seed), "--format", "npz", "--batch-size", "2500"]
+        return call(sample_ddp, [*base, *words]), out
+
+    def score(self, samples: Path) -> dict[str, dict[str, float]]:
+        """Samples against held-out and training images, in the metric encoder's features."""
+        found = {}
+        for name, reference in (("held_out", self.holdout), ("training", self.store)):
+            out = samples / f"{name}.json"
+            call(evaluator, [str(reference), str(samples / "samples.npz"), *self.metric, "--out", str(out)])
+            found[name] = named(read_json(out)["metrics"])
+        return found
+
+    def audit(self, samples: Path) -> dict[str, dict[str, float]]:
+        """The copy audit's figures, in the latents and in the metric encoder's features."""
+        call(copies, ["--store", str(self.store), "--samples", str(samples), *self.metric, "--out", str(samples)])
+        spaces = read_json(samples / "copies.json")["spaces"]
+        return {space: {key: figures[key] for key in AUDITED} for space, figures in spaces.items()}
+
+    def control(self, arm: str, bank: Path | None, samples: Path) -> None:
+        """Add what real images score to controls.json: random and held-out ones, and those nearest to the snippets."""
+        path = self.logs / "controls.json"
+        known = read_json(path) if path.is_file() else {"rows": {}}
+        title = f"nearest training images of the snippets ({arm})"
+        if bank is None or title in known["rows"] or ARMS[arm].features != ENCODER or "+" in ARMS[arm].condition:
+            return
+        out = samples / "controls.json"
+        words = [str(self.store), str(samples), "--store", str(self.store), "--bank", str(bank), "--out", str(out)]
+        call(controls, [*words, *self.metric])
+        found = read_json(out)
+        for row, figures in found["rows"].items():
+            scores = {key.replace("-", "_"): named(values) for key, values in figures["metrics"].items()}
+            name = title if row == "training images of the snippets" else row
+            if row != "samples":
+                known["rows"][name] = {"num_images": figures["num_images"], **scores}
+        write_json(path, known | {"made": found["run"]})
+
+    def clean(self, folder: Path, last: Path, samples: Path) -> None:
+        """Remove what can be made again: of a search everything, of a run all but its last weights."""
+        shutil.rmtree(samples, ignore_errors=True)
+        if self.args.search:
+            shutil.rmtree(folder)
+        else:
+            for file in {*folder.glob("checkpoints/*.pt")} - {last}:
+                file.unlink()
+
+
+def named(metrics: dict[str, float]) -> dict[str, float]:
+    """The evaluator's figures without the encoder's name: fd, precision, recall, kd."""
+    return {key.partition("-")[0].lower(): value for key, value in metrics.items()}
+
+
+def line(command: ModuleType, words: Sequence[str]) -> str:
+    """A command as one would type it."""
+    name = command.__name__
+    return shlex.join(["python", *([f"{name}.py"] if "." not in name else ["-m", name]), *words])
+
+
+def call(command: ModuleType, words: Sequence[str]) -> str:
+    """Run a command in this process, as in a fresh one; its line."""
+    print("$", line(command, words), flush=True)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # commands set their own
+    began = time.perf_counter()
+    command.main(list(words))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"  {time.perf_counter() - began:.1f} s", flush=True)
+    return line(command, words)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare the data set, then run the arms: all at the first seed, then all at the next."""
+    args = parse(argv)
+    miniature = Miniature(args)
+    if args.search:
+        for arm in args.arms:
+            miniature.search(arm)
+        return
+    for seed in args.seeds:
+        for arm in args.arms:
+            miniature.run(arm, seed, *miniature.settings(arm))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""The experiment end to end at toy size: what it writes, what it skips, and the settings it picks."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from dataset import LatentDataset
+from memory.bank import MemoryBank
+from scripts import make_assets, miniature
+from scripts.miniature import ARMS, DATA, METRIC
+
+TOY = ["--model", "SiT-S/8", "--batch-size", "8", "--steps", "2", "--num-images", "16"]
+
+
+@pytest.fixture(scope="module")
+def places(root, tmp_path_factory):
+    """ROOT with 160 images of clothes, and LOGS with a metric encoder of random weights."""
+    base = tmp_path_factory.mktemp("miniature")
+    words = ["--source", str(root / "assets" / "fashion-mnist"), "--train", "160", "--test", "1"]
+    make_assets.main(["images", *words, "--out", str(base / "root" / "sources" / "fashion-mnist")])
+    (base / "logs" / "fashion").mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = timm.create_model(METRIC.partition("@")[0]).state_dict()
+    save_file(weights, base / "logs" / "fashion" / "metric.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "SAMPLER", ("--sampler", "euler", "--steps", "2"))
+        yield base
+
+
+def run(places, *words):
+    miniature.main(["fashion", *words, *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")])
+
+
+def log(places, name):
+    return json.loads((places / "logs" / "fashion" / f"{name}.json").read_text())
+
+
+def test_search_then_runs(places, monkeypatch, capsys):
+    monkeypatch.setattr(miniature, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(miniature, "SCALES", (1, 6))
+    run(places, "nearest-10", "--search")
+    searched = sorted((places / "logs" / "fashion" / "search").glob("*.json"))
+    logs = [json.loads(path.read_text()) for path in searched]
+    tried = [(found["settings"]["lr"], found["settings"]["scale"]) for found in logs]
+    scores = {setting: found["curve"][-1]["held_out"]["fd"] for setting, found in zip(tried, logs, strict=True)}
+    assert len(tried) == 3  # both scales at the middle rate, then the other rate at the better scale
+    assert not list((places / "root" / "runs" / "fashion" / "search").iterdir())
+
+    monkeypatch.setattr(miniature, "CURVE", (1,))
+    monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=miniature.DRAWS))
+    run(places, "nearest-10", "rows-10", "--seeds", "3", "--variants")
+    found = log(places, "nearest-10-3")
+    assert (found["settings"]["lr"], found["settings"]["scale"]) == min(scores, key=scores.get)
+    assert [point["step"] for point in found["curve"]] == [1, 2]
+    for point in found["curve"]:
+        assert point["images"] == 8 * point["step"]
+        assert point.keys() >= {"seconds", "train_loss", "holdout_loss"}
+        for reference in ("held_out", "training"):
+            assert point[reference].keys() == {"fd", "precision", "recall", "kd"}
+    assert found["variants"].keys() == {"draw-random", "snippets-held-out"}
+    assert found["copies"].keys() == {"latent", METRIC}
+    assert "--snippet-from nearest" in found["commands"]["train"]
+    assert log(places, "rows-10-3")["settings"]["k"] == found["settings"]["k"] == 15  # 10% of 154 images
+    rows = log(places, "controls")["rows"]
+    assert "held_out" not in rows["held-out images"]
+    assert rows["random training images"]["held_out"]["fd"] > 0
+
+    capsys.readouterr()
+    run(places, "nearest-10", "--seeds", "3", "--variants")
+    assert "$" not in capsys.readouterr().out  # nothing is left to do
+    run(places, "nearest-10", "--seeds", "4", "--seconds", "0")
+    assert "nearest-10-4: not begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arm", ["none", "label+nearest-10", "class-mean"])
+def test_arms_of_every_kind(places, arm):
+    run(places, arm, "--lr", "1e-3", "--scale", "6")
+    found = log(places, f"{arm}-0")
+    assert found["curve"][-1]["training"]["fd"] > 0
+    assert found["settings"]["k"] == {"none": None, "label+nearest-10": 15, "class-mean": 154}[arm]
+    assert ("label_scale=6" in found["commands"]["train"]) == (arm == "label+nearest-10")
+
+
+def test_pairs_of_label_and_snippet_come_from_one_image(places):
+    words = ["fashion", "label+nearest-10", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
+    made = miniature.Miniature(miniature.parse(words))
+    bank = made.bank(ARMS["label+nearest-10"])
+    _, labels, _, rows = made.draw("label+nearest-10", bank, 0)
+    known = set(zip(LatentDataset(made.store).labels, MemoryBank.load(bank).assignment[:, 0].tolist(), strict=True))
+    assert known >= set(zip(np.load(labels), np.load(rows), strict=True))
+
+
+def test_every_arm_has_settings():
+    assert all(arm.like is None or ARMS[arm.like].like is None for arm in ARMS.values())
+    assert all(data.metric in DATA for data in DATA.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nearest-11"], "arms nearest-11"), (["rows-10", "--search"], "rows-10 share another arm's settings")],
+)
+def test_bad_arms_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        miniature.main(["fashion", *words])
+    assert message in capsys.readouterr().err
