@@ -33,7 +33,7 @@ from tqdm import tqdm
 from loss import interpolants
 from memory.bank import read_snippets, snippet_rules
 from memory.claim import claimed
-from memory.command import run
+from memory.command import execute
 from memory.files import sha256
 from memory.output import Output
 from memory.provenance import peak_memory, provenance
@@ -401,4 +401,4 @@ def complete(
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

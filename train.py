@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import StepSampler, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.claim import claimed
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, check_folder, free_space, read_json, remove_stale, write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
@@ -642,4 +642,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

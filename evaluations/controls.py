@@ -42,7 +42,7 @@ from evaluations.reference import Reference
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, nearest
 from memory.bank import MemoryBank, snippet_rules
-from memory.command import run
+from memory.command import execute
 from memory.files import sha256, write_json
 from memory.provenance import provenance
 from samplers import SNIPPET_DRAW, noise, uniform
@@ -162,4 +162,4 @@ def spread(count: int, number: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -34,7 +34,7 @@ from dataset import NAMES, LatentDataset
 from evaluations.features import gathered, shares
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, LatentSpace, Space, nearest
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, write_json
 from memory.provenance import provenance
 from models.autoencoder import Codec, check_codec, latents_from_moments, load_codec, to_uint8
@@ -274,4 +274,4 @@ def draw_pairs(
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -22,7 +22,7 @@ from evaluations.inception import Inception, find_weights
 from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
 from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
-from memory.command import run
+from memory.command import execute
 from memory.files import remove_stale, write_json
 from memory.provenance import peak_memory, provenance
 
@@ -207,4 +207,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
 from memory.claim import claimed
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
@@ -325,4 +325,4 @@ def say_report(report: dict, say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -13,7 +13,7 @@ REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
 
 
-def run(main: Callable[[], object]) -> None:
+def execute(main: Callable[[], object]) -> None:
     """Call a command's `main`; instead of a named error's traceback print `error: …` and leave with status 2.
 
     Under torchrun all processes usually meet the same error: the first one prints it and the launcher ends the others

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from evaluations.card import table
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, read_json
 
 Curve = list[tuple[int, dict[str, float]]]  # training steps and the metrics at them, ascending
@@ -85,4 +85,4 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

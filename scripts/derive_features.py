@@ -18,7 +18,7 @@ import numpy as np
 
 from dataset import META, LatentDataset, layout
 from memory.claim import claimed
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, write_json
 
 
@@ -83,4 +83,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from dataset import FORMAT, LABELS, NAMES, PROGRESS, layout, read_meta
 from memory.claim import claimed
-from memory.command import run
+from memory.command import execute
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
@@ -457,4 +457,4 @@ def finish(jobs: list[Job], source: Source, skip_broken: bool, made: dict) -> No
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memory.bank import MemoryBank
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, sha256
 from memory.provenance import code_version
 from models.checkpoint import EXPORTED, MEMORY, WEIGHTS, load_model
@@ -142,4 +142,4 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -25,7 +25,7 @@ from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
-from memory.command import run
+from memory.command import execute
 from memory.files import check_folder, read_json, sha256, weights_folder, write_json
 from models.hub import COMMITS, HUB
 
@@ -325,4 +325,4 @@ def receive(answer, part: Path, begin: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.build_bank import summary
-from memory.command import run
+from memory.command import execute
 from memory.files import read_json, sha256, write_json
 from memory.provenance import peak_memory, provenance
 from models.published import read_file
@@ -251,4 +251,4 @@ def print_card(found: dict, stores: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

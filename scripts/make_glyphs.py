@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, sha256
 
 HAN = range(0x4E00, 0xA000)  # CJK unified ideographs
@@ -113,4 +113,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -35,7 +35,7 @@ from dataset import LatentDataset, read_meta
 from evaluations import controls, copies, evaluator
 from memory import build_bank
 from memory.bank import MemoryBank
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, read_json, write_json
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
@@ -406,4 +406,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

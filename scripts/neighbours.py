@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from evaluations.images import open_images
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic
 from scripts.images import square
 from scripts.sources import open_source
@@ -94,4 +94,4 @@ def draw(samples: Tensor, neighbours: Tensor, title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -24,7 +24,7 @@ from evaluations.card import table
 from evaluations.evaluator import ENOUGH
 from evaluations.inception import WEIGHTS
 from evaluations.samples import family
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, read_json
 from models.published import GMEM, REPA, SIT
 from samplers import sde_samplers
@@ -303,4 +303,4 @@ def thousands(number: int | None) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

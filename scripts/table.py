@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from evaluations.card import table
-from memory.command import run
+from memory.command import execute
 from memory.files import read_json
 
 
@@ -33,4 +33,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

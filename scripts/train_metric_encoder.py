@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import LatentDataset, rows_of_step
-from memory.command import run
+from memory.command import execute
 from memory.files import atomic, check_folder, write_json
 from memory.provenance import provenance
 from models.encoder import Encoder, load_encoder
@@ -174,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

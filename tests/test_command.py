@@ -36,7 +36,7 @@ def interrupted():
 )
 def test_a_named_error_is_one_line(main, message, capsys):
     with pytest.raises(SystemExit) as leaving:
-        command.run(main)
+        command.execute(main)
     assert leaving.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith(message)
@@ -54,24 +54,24 @@ def test_a_named_error_is_one_line(main, message, capsys):
 )
 def test_a_mistake_of_ours_keeps_its_traceback(main):
     with pytest.raises((ValueError, KeyError)):
-        command.run(main)
+        command.execute(main)
 
 
 def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):
     monkeypatch.setattr(command, "ROOT", command.Path(torch.__file__).parents[3])
     with pytest.raises(ValueError, match="scale"):
-        command.run(lambda: torch.distributions.Normal(0, -1))
+        command.execute(lambda: torch.distributions.Normal(0, -1))
 
 
 def test_ctrl_c_is_no_traceback(capsys):
     with pytest.raises(SystemExit) as leaving:
-        command.run(interrupted)
+        command.execute(interrupted)
     assert leaving.value.code == 130
     assert capsys.readouterr().err == ""
 
 
 def test_success_returns():
-    assert command.run(lambda: None) is None
+    assert command.execute(lambda: None) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -81,7 +81,7 @@ def test_a_process_tells_its_launcher(rank, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
-        command.run(refuse)
+        command.execute(refuse)
     message = ["error: --flag 3: expected 2", "error of process 1: --flag 3: expected 2"][rank]
     assert capsys.readouterr().err == message + "\n"
     assert json.loads((tmp_path / "error.json").read_text())["message"] == message
