@@ -9,6 +9,7 @@ images, and cost. What a network of the snippets' family says stays out of the t
 import argparse
 from pathlib import Path
 
+from memory.command import execute
 from memory.files import atomic, read_json
 
 
@@ -81,15 +82,22 @@ def copy_table(copies: dict) -> str:
         {
             "copies, compared by": name
             + (" (family of the snippets: proves nothing)" * space["same_family_as_snippets"]),
-            "near copies": f"{space['near_copies']:.2%}",
-            "of held-out": f"{space['near_copies_held_out']:.2%}",
-            "excess": f"{space['excess']:+.2%} ± {space['standard_error']:.2%}",
-            "authentic": f"{space['authenticity']:.1%}",
-            "held-out authentic": f"{space['authenticity_held_out']:.1%}",
+            **copy_figures(space),
         }
         for name, space in spaces
     ]
     return table(rows)
+
+
+def copy_figures(space: dict) -> dict[str, str]:
+    """The audit's figures in one space as text."""
+    return {
+        "near copies": f"{space['near_copies']:.2%}",
+        "of held-out": f"{space['near_copies_held_out']:.2%}",
+        "excess": f"{space['excess']:+.2%} ± {space['standard_error']:.2%}",
+        "authentic": f"{space['authenticity']:.1%}",
+        "held-out authentic": f"{space['authenticity_held_out']:.1%}",
+    }
 
 
 def bank_lines(bank: dict) -> str:
@@ -131,4 +139,4 @@ def origin_lines(controls: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    execute(main)

@@ -30,7 +30,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from evaluations.card import table
+from evaluations.card import copy_figures, table
+from memory.command import execute
 from memory.files import atomic, read_json
 
 PRIMARY = ("none", "label", "label-align", "nearest-10", "nearest-10-align", "own")  # drawn, and first in the table
@@ -230,18 +231,8 @@ def copies(arms: dict[str, Arm]) -> Iterable[str]:
         for space in dict.fromkeys(space for run in arm.runs for space in run.get("copies", {})):
             given = [run["copies"][space] for run in arm.runs if space in run.get("copies", {})]
             mean = {name: statistics.mean(one[name] for one in given) for name in given[0]}
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "K": f"{arm.runs[0]['settings'].get('k') or 0:,}",
-                    "compared by": space,
-                    "near copies": f"{mean['near_copies']:.2%}",
-                    "of held-out": f"{mean['near_copies_held_out']:.2%}",
-                    "excess": f"{mean['excess']:+.2%} ± {mean['standard_error']:.2%}",
-                    "authentic": f"{mean['authenticity']:.1%}",
-                    "held-out authentic": f"{mean['authenticity_held_out']:.1%}",
-                }
-            )
+            row = {"arm": arm.name, "K": f"{arm.runs[0]['settings'].get('k') or 0:,}", "compared by": space}
+            rows.append(row | copy_figures(mean))
     if rows:
         yield "## Are these copies?"
         yield table(rows)
@@ -309,4 +300,4 @@ def check(run: dict, path: Path, arms: dict[str, Arm]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    execute(main)

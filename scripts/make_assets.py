@@ -1,17 +1,20 @@
-"""Command: make what lies in assets/, the real images and the small VAE with which the demo runs offline.
+"""Command: make what lies in assets/, real images, a small VAE and a small GMem, so that the demo runs offline.
 
     python -m scripts.make_assets images --source FOLDER
     python -m scripts.make_assets vae --source FOLDER
+    python -m scripts.make_assets model --source OUT
 
 FOLDER holds the four idx files of Fashion-MNIST (`train-images-idx3-ubyte.gz` …). `images` keeps the first rows of each
 under the same names. `vae` trains an AutoencoderKL on the 60,000 training images, framed in black to 32×32, and writes
 it in diffusers' format with a report of its errors on the 10,000 test images; a GPU takes minutes, a CPU most of a day.
+OUT is what `bash scripts/fashion-mnist.sh FOLDER` left: `model` takes its export and writes its model card.
 """
 
 import argparse
 import gzip
 import json
 import math
+import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +26,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from memory.files import atomic, write_json
+from evaluations.card import bank_lines, copy_table, table
+from memory.command import execute
+from memory.files import atomic, read_json, sha256, write_json
 from models.autoencoder import latents_from_moments, load_codec, to_uint8
+from models.checkpoint import EXPORTED
+from scripts.cost import training_hours
 from scripts.sources import IDX_IMAGES, IDX_LABELS, read_idx
 
 MAGIC = {"images-idx3": IDX_IMAGES, "labels-idx1": IDX_LABELS}
@@ -48,8 +55,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     vae.add_argument("--batch-size", type=int, default=256, help="images per step")
     vae.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     vae.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
-    for command in (images, vae):
-        command.add_argument("--source", type=Path, required=True, help="folder with Fashion-MNIST's four idx files")
+    model = commands.add_parser("model", help="pack what scripts/fashion-mnist.sh trained")
+    model.set_defaults(run=make_model, out=Path("assets/gmem-fashion-mnist"))
+    given = "folder with Fashion-MNIST's four idx files"
+    for command, source in ((images, given), (vae, given), (model, "folder that scripts/fashion-mnist.sh wrote")):
+        command.add_argument("--source", type=Path, required=True, help=source)
         command.add_argument("--out", type=Path, help="folder to write")
     return parser.parse_args(argv)
 
@@ -213,10 +223,98 @@ def measure(folder: Path, images: Tensor, device: str = "cpu") -> dict[str, floa
     }
 
 
+def make_model(args: argparse.Namespace) -> None:
+    """Copy the export, and write what it scores as `report.json` and as a model card."""
+    source, weights = args.source, args.source / "export" / EXPORTED
+    if not weights.is_file():
+        raise ValueError(f"--source {source}: no export/{EXPORTED}; run `bash scripts/fashion-mnist.sh` first")
+    report = describe(source)
+    with atomic(args.out / EXPORTED) as path:
+        shutil.copyfile(weights, path)
+    write_json(args.out / "report.json", report)
+    with atomic(args.out / "README.md") as path:
+        path.write_text(model_card((source / "export" / "README.md").read_text(), report))
+    print((args.out / "README.md").read_text())
+
+
+def describe(source: Path) -> dict:
+    """What the results of scripts/fashion-mnist.sh say of the model, without the folders that it was made in.
+
+    Raises:
+        ValueError: the samples were not made by the export.
+    """
+    parts = ("run/config", "samples/samples", "controls", "copies", "bank/bank")
+    config, samples, controls, copies, bank = (read_json(source / f"{part}.json") for part in parts)
+    file = {"bytes": (source / "export" / EXPORTED).stat().st_size, "sha256": sha256(source / "export" / EXPORTED)}
+    if samples["settings"]["checkpoint"] != file["sha256"]:
+        raise ValueError(f"--source {source}: its samples are of another network than its export; sample again")
+    lines = [json.loads(line) for line in (source / "run" / "log.jsonl").read_text().splitlines()]
+    (made,) = config["runs"]
+    held_out = [line for line in lines if "holdout_loss" in line][-1]
+    names = ("steps", "batch_size", "lr", "ema_decay", "model_options", "precision", "seed")
+    training = {name: config["args"][name] for name in names} | {"steps": samples["settings"]["training_steps"]}
+    training |= {
+        "images_trained_on": config["store"]["num_images"],
+        "seconds": round(training_hours(source / "run") * 3600),
+    }
+    training |= {name: made[name] for name in ("device", "date", "code", "versions")}
+    kept = ("sampler", "evaluations", "seed", "snippets", "guidance", "precision")
+    of_bank = ("k", "dim", "encoder", "rows_of_one_image", "draws_of_one_image", "auc_train_vs_holdout")
+    return {
+        "file": file,
+        "training": training,
+        "holdout_loss": {"step": held_out["step"], "loss": held_out["holdout_loss"]},
+        "bank": {name: bank[name] for name in of_bank},
+        "sampling": {name: samples["settings"][name] for name in kept},
+        "judge": {name: controls["network"][name] for name in ("name", "sha256")},
+        "rows": controls["rows"],
+        "spaces": {
+            name: {key: value for key, value in space.items() if key != "suspicious"}
+            for name, space in copies["spaces"].items()
+        },
+    }
+
+
+def model_card(exported: str, report: dict) -> str:
+    """The export's card, how the network was trained, and what was measured."""
+    training, sampling, judge = report["training"], report["sampling"], report["judge"]["name"]
+    images = training["steps"] * training["batch_size"]
+    held_out, size = report["holdout_loss"], report["file"]["bytes"] / 1e6
+    rows = [
+        {"": title, "N": f"{row['num_images']:,}"}
+        | {name.removesuffix(f"-{judge}"): f"{value:.4g}" for name, value in row["metrics"]["held-out"].items()}
+        for title, row in report["rows"].items()
+        if "held-out" in row["metrics"]
+    ]
+    sections = [
+        exported.rstrip(),
+        "## Training",
+        f"`bash scripts/fashion-mnist.sh FOLDER`: {training['images_trained_on']:,} of Fashion-MNIST's 60,000 training "
+        f"images, the others held out of everything. {training['steps']:,} steps of {training['batch_size']} images, "
+        f"{images / training['images_trained_on']:,.0f} epochs, in {training['seconds']} seconds on one "
+        f"{training['device']} ({training['date'][:10]}, torch {training['versions']['torch']}), AdamW at "
+        f"{training['lr']:g}, EMA {training['ema_decay']}, {', '.join(training['model_options'])}. Loss on held-out "
+        f"images at step {held_out['step']:,}: {held_out['loss']:.4f}. Weights and bank are in float16 in one file of "
+        f"{size:.1f} MB.",
+        "## What it scores",
+        f"Sampled from this file with {sampling['sampler']}, {sampling['evaluations']} evaluations an image. FD, "
+        f"precision and recall are against the held-out images, in the features of a {judge} that was trained on the "
+        "training images without labels (`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the "
+        "snippets. They compare with nothing but such rows.",
+        table(rows),
+        "The copy audit, among all images it was trained on:",
+        copy_table(report),
+        bank_lines(report["bank"]),
+        "## Licence",
+        "MIT, as this repository; Fashion-MNIST is © Zalando SE, MIT licence.",
+    ]
+    return "\n\n".join(sections).replace("copies, compared by", "compared by") + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    execute(main)

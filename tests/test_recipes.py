@@ -22,7 +22,9 @@ from PIL import Image
 
 from benchmarks import recipes as bench
 from benchmarks.path import make_encoder
+from models.checkpoint import load_model
 from models.sit import SiT_models
+from scripts import make_assets
 from scripts.fetch import FILES
 from scripts.quoted import QUOTED
 from scripts.sources import open_source
@@ -286,7 +288,7 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
 
 WRONG = ["train-gmem-xl SIZE=abc", "train-gmem-b BATCH=0", "train-sit-xl MICRO_BATCH=1e3", "encode-imagenet VIEWS=0"]
 WRONG += ["encode-imagenet KEEP_IMAGES=false", "sample-sit-xl NPROC=all", "evaluate NODES=two", "own-photos STEPS=1e5"]
-WRONG += ["own-photos RATE=0", "own-photos BATCH=08"]
+WRONG += ["own-photos RATE=0", "own-photos BATCH=08", "fashion-mnist K=1%"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -474,6 +476,34 @@ def test_own_photos(root, photos, site, environment):
     copies = json.loads((page / "copies.json").read_text())
     assert not any(space["same_family_as_snippets"] for space in copies["spaces"].values())
     assert copies["spaces"].keys() == {"efficientnet-lite0@64", "latent"}
+
+
+def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
+    """The recipe of the shipped model at tiny size, and what make_assets packs from it."""
+    source, out, judge = tmp_path / "images", tmp_path / "out", tmp_path / "resnet18.safetensors"
+    shipped = str(root / "assets" / "fashion-mnist")
+    make_assets.main(["images", "--source", shipped, "--out", str(source), "--train", "200", "--test", "1"])
+    make_encoder(judge, "resnet18")
+    sizes = {"STEPS": 4, "BATCH": 4, "K": 8, "IMAGES": 8, "EVALUATIONS": 3, "OUT": out, "METRIC": judge}
+    bash(root, environment, "fashion-mnist.sh", source, *SMALL_RUN, **sizes)
+    make_assets.main(["model", "--source", str(out), "--out", str(tmp_path / "asset")])
+    assert {path.name for path in (tmp_path / "asset").iterdir()} == {"model.safetensors", "README.md", "report.json"}
+    written = [(tmp_path / "asset" / name).read_text() for name in ("README.md", "report.json")]
+    report = json.loads(written[1])
+    assert str(tmp_path) not in written[0] + written[1]
+    assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
+    assert set(report["spaces"]) == {"resnet18@64", "latent"}
+    score = report["rows"]["samples"]["metrics"]["held-out"]["FD-resnet18@64"]
+    for fact in (f"{score:.4g}", "4 steps of 4 images", "Bank of 8 snippets", "MIT"):
+        assert fact in written[0]
+    _, config, bank = load_model(tmp_path / "asset")
+    assert (config["steps"], len(bank)) == (4, 8)
+    assert "fashion-mnist.sh FOLDER" in bash(root, environment, "fashion-mnist.sh", status=2)
+    (out / "export" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match="its samples are of another network than its export"):
+        make_assets.main(["model", "--source", str(out), "--out", str(tmp_path / "asset")])
+    with pytest.raises(ValueError, match=r"no export/model\.safetensors; run `bash scripts/fashion-mnist\.sh`"):
+        make_assets.main(["model", "--source", str(tmp_path)])
 
 
 def test_a_limited_python_notes_what_a_command_took(root, tmp_path):
