@@ -36,7 +36,7 @@ def run(work: Path, name: str, small: bool, **variables: object) -> dict:
     python.chmod(0o755)
     notes.touch()
     given = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHON_EXEC": python, "VIRTUAL_ENV": sys.prefix}
-    given |= {"OUT": work / name / "photos", "STEPS": STEPS, "IMAGES": 128, "EVALUATIONS": 20, "AUDIT": AUDIT}
+    given |= {"OUT": work / name / "photos", "STEPS": STEPS, "IMAGES": 64, "EVALUATIONS": 10, "AUDIT": AUDIT}
     if small:
         given |= {"STEPS": 2, "BATCH": 4, "SIZE": 64, "HOLDOUT": 0.2, "IMAGES": 6, "EVALUATIONS": 4}
         given |= {"MODEL": "SiT-Ti/2", "ENCODER": "test_vit@64", "AUDIT": "test_vit"}
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, "Run own-photos.sh on random photos within the memory of a card of 24 GB.")
     work, small = args.work.resolve(), args.small
     weights = work / "weights"
-    make_images(work / "images", *((60, 64) if small else (320, 512)))
+    make_images(work / "images", *((60, 64) if small else (240, 384)))
     make_vae(weights / "sd-vae-ft-mse", small)
     for encoder in ["test_vit"] if small else ["vit_base_patch14_dinov2.lvd142m", AUDIT]:
         make_encoder(weights / f"{encoder}.safetensors", encoder)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with ThreadPoolExecutor() as threads:
         for job in [threads.submit(from_scratch), threads.submit(from_gmem)]:
             job.result()
-    write_json(args.out, {**facts(args, "own"), "limit_gib": LIMIT, "variables": {"STEPS": STEPS}, "runs": results})
+            write_json(args.out, {**facts(args, "own"), "limit_gib": LIMIT, "steps": STEPS, "runs": results})
     for what, result in results.items():
         print(f"\n{what}: status {result['status']} after {result['seconds']} s, {LIMIT} GiB a process")
         print(f"{'peak GB':>8}  {'reserved':>8}  {'seconds':>7}  command")
