@@ -22,6 +22,9 @@ if [ $# -lt 1 ]; then
 fi
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 photos=$(absolute "$1") work=$(absolute "${OUT:-photos}")
+for name in INIT ENCODER_WEIGHTS; do
+    [ ! -e "${!name:-}" ] || printf -v $name %s "$(absolute "${!name}")"
+done
 if [ ! -e "$photos" ]; then
     echo "$photos is not there: expected a folder of images, or a zip" >&2
     exit 2

@@ -312,8 +312,14 @@ def test_own_photos_stops_early_where_there_are_too_few(root, tmp_path):
             (tmp_path / "data" / name / "files.txt").write_text("a.jpg\n" * rows)
         said = bash(root, shell, "own-photos.sh", tmp_path, status=status)
         assert (f"{images} images, and {held} held out" in said) == (status == 2)
-    assert "memory.build_bank" in (tmp_path / "words").read_text()
-    assert (tmp_path / "words").read_text().count("--k 12\n") == 1
+    words = (tmp_path / "words").read_text()
+    assert "memory.build_bank" in words
+    assert words.count("--k 12\n") == 1
+    (tmp_path / "weights.pth").touch()
+    subprocess.run(
+        ["bash", root / "scripts" / "own-photos.sh", "."], cwd=tmp_path, env=shell | {"INIT": "weights.pth"}, check=True
+    )
+    assert f"--init {tmp_path}/weights.pth" in (tmp_path / "words").read_text()
 
 
 def test_a_dry_run_tells_what_is_missing(root, environment, tmp_path):
