@@ -16,12 +16,11 @@ Writes  OUT/000000.png …      the images (--format png or both)
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import accelerate
 import numpy as np
@@ -40,7 +39,7 @@ from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
-from models.kernels import compile_blocks, compile_by_default, fast_attention
+from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.sit import SiT
 from samplers import (
     LABEL_DRAW,
@@ -99,12 +98,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--guidance-scale", type=float, help="1 changes nothing; needed with --guide")
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="times guided")
     add("--guidance-channels", type=int, help="guide only the first so many channels (SiT's published figures: 3)")
-    add("--precision", choices=("bf16", "fp32"), help="autocast of the network; bf16 on a GPU, fp32 on a CPU")
+    add("--precision", choices=("bf16", "fp32"), help="autocast of the network; bf16 where a GPU has it, else fp32")
     add("--uint8", default="round", choices=("round", "truncate"), help="pixels to integers; GMem and REPA truncate")
     add("--format", default="both", choices=("png", "npz", "both"), help="what to write")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.precision = args.precision or {"cuda": "bf16", "cpu": "fp32"}[device]
+    args.precision = args.precision or default_precision()
     args.batch_size = BATCH_SIZE[device] if args.batch_size is None else args.batch_size
 
     for name, least in (("num_images", 1), ("batch_size", 1), ("steps", 2 if args.sampler in sde_samplers else 1)):
@@ -112,6 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed {args.seed}: expected a number from 0 to 2^64 - 1")
+    if args.last_step != LAST_STEP and args.sampler not in sde_samplers:
+        parser.error(f"--last-step {args.last_step}: not read by --sampler {args.sampler}: leave it out")
     if not 0 < args.last_step < 1:
         parser.error(f"--last-step {args.last_step}: expected a time between 0 and 1")
     if (args.guide is None) != (args.guidance_scale is None):
@@ -183,11 +184,11 @@ class Generator:
 
     def _check_labels(self) -> None:
         labels, classes = self.labels, self.model.config["num_classes"]
-        if labels is None:
-            return
-        if "label" not in self.kinds:
+        if "label" not in self.kinds and self.args.labels != "random":
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --labels {self.args.labels}")
+        if labels is None:
+            return
         if labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"--labels {self.args.labels}: expected whole numbers from 0 to {classes - 1}")
 
@@ -331,17 +332,6 @@ class Generator:
         return self.decode(latents)[:count]
 
 
-@contextlib.contextmanager
-def fitting(batch_size: int) -> Iterator[None]:
-    """Say which flag is to blame if the GPU's memory runs out inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"--batch-size {batch_size}: too many images at once for this GPU's memory; try {max(1, batch_size // 2)}"
-        ) from error
-
-
 def generate(generator: Generator, output: Output, left: np.ndarray, batch_size: int, rank: int, world: int) -> None:
     """Generate the images `left`, batches of them in turn by all processes; the first returns when all are finished."""
     batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
@@ -385,7 +375,7 @@ def complete(
     share = max(1, -(-len(left) // state.num_processes))  # images of each process
     batch_size = min(args.batch_size, share)  # a short run is shared too
     paid = share if args.compile is None and compile_by_default() else 0
-    with fitting(batch_size):
+    with fitting(f"try --batch-size {max(1, batch_size // 2)}"):
         if args.compile or paid >= COMPILE_FROM:
             generator.compile(batch_size, decoder=args.compile or paid >= COMPILE_DECODER_FROM)
         start = time.perf_counter()

@@ -44,7 +44,7 @@ from memory.pairs import Pairs
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
-from models.kernels import compile_blocks, compile_by_default, fast_attention
+from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.replay import Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--align-encoder", help="encoder of those patch tokens: in the store, or run online on the store's images")
     add("--align-encoder-weights", help="weights file of an encoder that runs online")
     add("--seed", type=int, default=0, help="seed of weights, data order and every draw")
-    add("--precision", choices=("bf16", "fp32"), help="of the network; bf16 on a GPU (where fp32 is tf32), else fp32")
+    add("--precision", choices=("bf16", "fp32"), help="of the network; bf16 where a GPU has it, else fp32 (tf32 there)")
 
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=5_000, help="steps between checkpoints")
@@ -138,7 +138,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         model_options(args.model_options)
     except ValueError as error:
         parser.error(str(error))
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.precision = args.precision or default_precision()
     if args.compile is None:
         args.compile = compile_by_default()
     store = Path(args.store).resolve()
@@ -263,7 +263,8 @@ class Trainer:
             meta = self.grid_codec.meta(self.data.meta["image_size"])
             check_codec(meta, self.data.codec, f"the store {self.args.store}")
         count = sum(parameter.numel() for parameter in self.network.parameters())
-        needed = 16 * count * max(1, self.args.keep + 1 - len(self.checkpoints))  # weights, EMA, two moments in float32
+        kept = min(self.args.keep + 1, -(-self.args.steps // self.args.save_every))  # one is written beside the others
+        needed = 16 * count * max(1, kept - len(self.checkpoints))  # weights, EMA, two moments in float32
         if (free := free_space(self.out)) < needed:
             sizes = f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} GB are free"
             raise ValueError(f"--out {self.out}: {sizes}; make room or lower --keep")
@@ -579,7 +580,8 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     local = args.batch_size // processes
     micro = args.micro_batch or local
     parts = local // micro
-    activations = 36 * depth * tokens * width * micro  # bytes; 36 is a rough figure for XL in bf16
+    kept = 6 * depth + 36 if args.checkpoint_activations else 36 * depth  # bytes; 36 a block: roughly, for XL in bf16
+    activations = kept * tokens * width * micro
     images = args.steps * args.batch_size
     if "store" in facts:
         images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
@@ -637,7 +639,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         trainer.note(provenance(argv, accelerator.num_processes))
         trainer.prepare()
-        trainer.run()
+        with fitting(f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"):
+            trainer.run()
     accelerator.end_training()
 
 

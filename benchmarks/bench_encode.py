@@ -209,7 +209,7 @@ def run_command(args: argparse.Namespace, work: Path, device: torch.device) -> d
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = args.precision or encode_dataset.default_precision(device)
+    args.precision = args.precision or encode_dataset.default_precision()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
         make_vae(work / "vae", args.small)

@@ -1,4 +1,4 @@
-"""Which kernels a network runs on: attention's backend, and blocks compiled by torch.compile.
+"""Which kernels a network runs on: precision, attention's backend, and blocks compiled by torch.compile.
 
 Nothing here changes what is computed beyond rounding. On a CPU attention is left as it is, and compiling is the
 caller's choice; both commands that run networks (train.py, sample_ddp.py) go through this file.
@@ -42,6 +42,21 @@ def fast_attention(device: torch.device | str) -> Iterator[None]:
         return
     with sdpa_kernel(attention_backends(device), set_priority=True):
         yield
+
+
+def default_precision() -> str:
+    """The networks' precision where nobody says: bf16 where the GPU computes in it natively, else fp32."""
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+@contextlib.contextmanager
+def fitting(remedy: str) -> Iterator[None]:
+    """Turn running out of the GPU's memory inside into a ValueError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the GPU's memory is too small for this: {remedy}") from error
 
 
 def compile_by_default() -> bool:

@@ -48,6 +48,7 @@ from memory.command import execute
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
+from models.kernels import default_precision
 from scripts.images import UNREADABLE, square
 from scripts.sources import Source, open_source
 from scripts.store import PART, Job, Progress, Writer
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.add:
         args.precision, args.upright = (read_meta(args.out)[key] for key in ("precision", "upright"))
-    args.precision = args.precision or default_precision(state.device)
+    args.precision = args.precision or default_precision()
     source = from_main(state, lambda: open_source(args.source))
     source.upright = args.upright
     with state.local_main_process_first():  # so that one process downloads what is not in the cache
@@ -136,12 +137,6 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             finish([job for job, _ in jobs], source, args.skip_broken, provenance(argv, state.num_processes))
     state.destroy_process_group()
-
-
-def default_precision(device: torch.device) -> str:
-    """bf16 where the device computes in it natively, else fp32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
 
 
 def speed_up(

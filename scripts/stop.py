@@ -14,7 +14,7 @@ class StopSignal:
     """SIGTERM or SIGINT: the first asks for a stop after the running step, a second leaves at once."""
 
     def __init__(self, timeout: timedelta):
-        self.received = False
+        self.received = self.stopping = False
         multiple = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo", timeout=timeout) if multiple else None
 
@@ -23,6 +23,8 @@ class StopSignal:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.stopping:  # this process's own signal may still come, and must not turn its success into a failure
+            self.former[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
@@ -36,7 +38,8 @@ class StopSignal:
         flag = torch.tensor(int(self.received))
         if self.group:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+        self.stopping = bool(flag)
+        return self.stopping
 
 
 def leave_signals_alone(worker: int) -> None:

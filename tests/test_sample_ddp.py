@@ -280,7 +280,7 @@ def test_a_batch_too_large_for_the_gpu_names_the_flag(folder, tmp_path, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SiT, "velocity", full)
-    with pytest.raises(ValueError, match=r"--batch-size 5: too many images at once for this GPU's memory; try 2"):
+    with pytest.raises(ValueError, match=r"the GPU's memory is too small for this: try --batch-size 2"):
         main(command(folder, tmp_path, "--batch-size", 5))
 
 
@@ -391,6 +391,7 @@ def test_precision_and_rounding(folder):
         (("--sampler", "dopri5"), "invalid choice: 'dopri5'"),
         (("--steps", "1"), "--steps 1: expected at least 2"),
         (("--last-step", "0"), "--last-step 0.0"),
+        (("--last-step", "0.1", "--sampler", "heun"), "--last-step 0.1: not read by --sampler heun"),
         (("--seed", "-1"), "--seed -1"),
         (("--guide", "null"), "need each other"),
         (("--guide", "null", "--guidance-scale", "2", "--guidance-interval", "0.5", "0.2"), "0 <= LO <= HI <= 1"),
@@ -437,6 +438,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     np.save(tmp_path / "vectors.npy", np.ones((2, DIM)))
     refused("condition is 'label': leave out --snippets", "--bank", folder / "bank", checkpoint="label.pt")
     refused("condition is 'none': leave out --snippets random", "--snippets", "random", checkpoint="none.pt")
+    refused("condition is 'snippet': leave out --labels balanced", "--labels", "balanced")
     refused("not read with the vectors", "--bank", folder / "bank", "--snippets", tmp_path / "vectors.npy")
     MemoryBank(torch.ones(2, DIM + 1), [1, 1]).save(tmp_path / "wide" / "bank.pth")
     MemoryBank(torch.ones(2, DIM), [1, 1], meta={"encoder": "f"}).save(tmp_path / "other" / "bank.pth")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -378,6 +379,23 @@ def test_dry_run_says_everything_and_writes_nothing(folder, capsys):
     assert not (folder / "stage").exists()
 
 
+def test_dry_run_counts_what_checkpointed_activations_save(folder, capsys):
+    words = [*command(folder, folder / "dry"), "--dry-run", "--model", "SiT-XL/2", "--batch-size", "64"]
+    sizes = []
+    for more in ([], ["--checkpoint-activations"]):
+        train.main([*words, *more])
+        sizes.append(float(re.search(r"([\d.]+) GB of activations", capsys.readouterr().out)[1]))
+    assert sizes[1] == pytest.approx(sizes[0] * (6 * 28 + 36) / (36 * 28), rel=0.05)
+
+
+def test_the_disk_need_not_hold_more_checkpoints_than_are_written(folder, monkeypatch):
+    """Of a short run one at each `--save-every`, whatever `--keep` allows."""
+    monkeypatch.setattr(train, "free_space", lambda path: 3 * 16 * 4_500_000)
+    train.main(command(folder, folder / "short", "--steps", 2, "--save-every", 1, "--keep", 99))
+    with pytest.raises(ValueError, match="are needed for checkpoints"):
+        train.main(command(folder, folder / "long", "--steps", 9, "--save-every", 1, "--keep", 99))
+
+
 def test_dry_run_before_the_data_exists(folder, capsys):
     with pytest.raises(SystemExit, match=r"(?s)missing.*--store: .*nowhere"):
         train.main(
@@ -492,6 +510,16 @@ def test_an_own_feature_that_is_not_finite_is_named(folder):
     words = command(folder, folder / "never", "--store", store, "--snippet-from", "own")
     with pytest.raises(ValueError, match=r"the toy features of .*nan.*rows 7"):
         train.main(words)
+
+
+def test_a_batch_too_large_for_the_gpu_names_the_flags(folder, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sit.SiT, "velocity", full)
+    message = "the GPU's memory is too small for this: try --micro-batch 4, or --checkpoint-activations"
+    with pytest.raises(ValueError, match=message):
+        train.main(command(folder, folder / "never", "--steps", 1))
 
 
 def test_wandb_offline_writes_below_the_run(folder, monkeypatch):
