@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import t as student
 
 from scripts import compare
 from scripts.compare import Arm, check, missing, reached, read_arms, read_run, steps_to
@@ -52,6 +53,28 @@ def test_ratio_is_the_baselines_steps_over_the_arms(tmp_path):
     assert reached(arms["own"], arms["label"]) == "2,000 (4×)"
     assert reached(arms["random"], arms["label"]) == "not reached in 8,000"
     assert reached(arms["class-mean"], arms["label"]) == "≤ 500 (≥ 16×)"
+
+
+def test_a_ratio_says_how_far_the_seeds_lie_apart(tmp_path):
+    """Constants 600, 450 and 450 around a mean of 500: 8000·(1000/c)² steps fewer; and one that does not arrive."""
+    write(tmp_path, "label", power_law(1000, 0.5))
+    for seed, constant in enumerate((600, 450, 450)):
+        write(tmp_path, "own", power_law(constant, 0.5), seed)
+    for seed, constant in enumerate((500, 1100)):
+        write(tmp_path, "nearest-10", power_law(constant, 0.5), seed)
+    arms = read_arms(tmp_path)
+    assert reached(arms["own"], arms["label"]) == "2,000 (4×; 2.8× to 4.9×)"
+    assert reached(arms["nearest-10"], arms["label"]) == "5,120 (1.6×; not reached to 4×)"
+
+
+def test_baselines_that_still_fall_are_called_unfinished(tmp_path):
+    write(tmp_path, "label", [9, 8, 7, 5, 4.01])
+    write(tmp_path, "none", [9, 8, 7, 5, 3.99])
+    write(tmp_path, "label-align", [9, 8, 7], steps=(500, 1000, 8000))
+    arms = read_arms(tmp_path)
+    assert compare.unfinished(arms["label"]) is None
+    assert compare.unfinished(arms["none"]) == "none is unfinished: its FD falls by 20% from 4,000 to 8,000 steps"
+    assert compare.unfinished(arms["label-align"]) == "label-align was not scored at 4,000 steps, half of its last"
 
 
 def test_the_mean_of_the_seeds_counts_at_steps_that_all_have(tmp_path):
@@ -107,12 +130,12 @@ def test_a_run_alone_is_enough(tmp_path):
     assert len(missing(read_arms(tmp_path))) == len(compare.PRIMARY)
 
 
-def test_check_is_the_prediction_interval(tmp_path, capsys):
-    """Three seeds 9, 10, 11: s = 1, t = 4.3027 at 2 degrees of freedom, so 10 ± 4.3027·√(4/3)."""
+def test_check_is_three_standard_deviations(tmp_path, capsys):
+    """Three seeds 9, 10, 11: 10 ± 3; by Student's distribution one run in eight of that kind lies outside."""
     for seed, final in enumerate((9, 10, 11)):
         write(tmp_path / "runs", "own", [100, 80, 60, 40, final], seed)
-    reach = 4.30265 * math.sqrt(4 / 3)
-    assert reach == pytest.approx(4.97, abs=0.005)  # as the docstring says
+    assert 2 * student.sf(3 / math.sqrt(4 / 3), 2) == pytest.approx(1 / 8, abs=0.005)
+    reach = 3
     results = {}
     for name, final in (("in", 10 + reach - 0.001), ("out", 10 + reach + 0.001), ("low", 10 - reach - 0.001)):
         path = write(tmp_path / name, "own", [100, 80, 60, 40, final], 7)
@@ -122,7 +145,7 @@ def test_check_is_the_prediction_interval(tmp_path, capsys):
     assert results == {"in": False, "out": True, "low": True}
     printed = capsys.readouterr().out
     assert "inside the spread at step 8,000" in printed
-    assert "5.032 to 14.97" in printed
+    assert "7 to 13" in printed
     arms = read_arms(tmp_path / "runs")
     early = write(tmp_path / "early", "own", [101, 80], 7, steps=(500, 1000))  # 500 is outside, the last one decides
     assert check(read_run(early), early, arms)
