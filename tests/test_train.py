@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from models.checkpoint import load_model
 
 ROOT = train.Path(train.__file__).parent
 IMAGES, VIEWS, CLUSTERS, DIM = 40, 2, 8, 12
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def write_store(path, pixels=False, seed=0, images=IMAGES):
@@ -192,8 +194,8 @@ def test_two_processes_train_like_one(folder, alone):
     train.main(command(folder, one, *plain, "--steps", 6))
     if alone:
         train.main(command(folder, two, *plain, "--steps", alone))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, "train.py", *command(folder, two, *plain, "--steps", 6)], check=True, cwd=ROOT)
+    words = command(folder, two, *plain, "--steps", 6)
+    subprocess.run([sys.executable, *TORCHRUN, "train.py", *words], check=True, cwd=ROOT)
     for a, b in zip(log(one), log(two), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "holdout_loss"}:
             assert a[key] == pytest.approx(b[key], rel=1e-5)
@@ -202,22 +204,69 @@ def test_two_processes_train_like_one(folder, alone):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_a_signal_to_the_whole_group_saves_the_running_step(folder, launch):
-    """As schedulers and torchrun send it: to the reading processes, too."""
-    out = folder / f"stopped-{len(launch)}"
-    words = command(folder, out, "--steps", 10_000, "--save-every", 10_000, "--workers", 2)
-    start = [sys.executable, *launch, "train.py", *words]
-    process = subprocess.Popen(start, cwd=ROOT, start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+def start(folder, out, launch, *more):
+    """A real run in a process group of its own, at a moment when it has trained and is not about to save."""
+    words = command(folder, out, "--steps", 10_000, "--save-every", 10_000, *more)
+    process = subprocess.Popen(
+        [sys.executable, *launch, "train.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (out / "log.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    status = process.wait(timeout=60)
-    assert status == 0 or launch  # torchrun itself reports that it was signalled
+    return process
+
+
+@pytest.mark.parametrize(("launch", "number"), [([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)])
+def test_a_signal_to_the_whole_group_saves_the_running_step(folder, launch, number):
+    """As schedulers, terminals and torchrun send it: to the reading processes, too. Ten seconds are promised."""
+    out = folder / f"stopped-{len(launch)}-{number}"
+    process = start(folder, out, launch, "--workers", 2)
+    began = time.perf_counter()
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert time.perf_counter() - began < 10
+    assert process.returncode == 0 or launch, error  # torchrun itself reports that it was signalled
     (saved,) = (out / "checkpoints").glob("*.pt")
     assert torch.load(saved, weights_only=True)["steps"] == int(saved.stem) < 10_000
     assert not list(out.rglob(".*"))
+
+
+def test_a_second_signal_leaves_at_once(folder):
+    """In the middle of a step, of which nothing can be saved."""
+    out = folder / "second"
+    process = start(folder, out, [], "--batch-size", 32, "--log-every", 1, "--eval-every", 0)
+    os.kill(process.pid, signal.SIGSTOP)  # the step lasts as long as we like
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    began = time.perf_counter()
+    os.kill(process.pid, signal.SIGCONT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert time.perf_counter() - began < 5
+    assert not list((out / "checkpoints").glob("*"))
+
+
+def test_a_process_that_dies_is_named_and_ends_the_others(folder):
+    """Within the 30 seconds after which torchrun kills those that do not end when they are told to."""
+    out = folder / "died"
+    process = start(folder, out, TORCHRUN, "--workers", 1)
+    workers = psutil.Process(process.pid).children()
+    (second,) = (worker for worker in workers if worker.environ()["RANK"] == "1")
+    began = time.perf_counter()
+    second.kill()
+    _, error = process.communicate(timeout=60)
+    assert time.perf_counter() - began < 30
+    assert process.returncode == 1
+    cause = error[error.rindex("Root Cause") :]
+    assert re.search(r"rank +: 1 ", cause)
+    assert "(SIGKILL)" in cause or "Signal 9" in cause
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_a_rerun_with_another_result_stops_and_says_why(folder, whole):
