@@ -8,7 +8,6 @@ scripts/slurm.sh). The same bytes are also written plainly and flushed: what the
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -64,12 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         saves = []
         for _ in range(args.times):
             saves.append(seconds(trainer.save))
+            [saved] = trainer.checkpoints
+            size = saved.stat().st_size
+            print(f"{args.model}: {size / 1e9:.2f} GB saved in {saves[-1]:.1f} s", flush=True)
             trainer.step += 1
-        [saved] = trainer.checkpoints
-        size = saved.stat().st_size
         plain = seconds(lambda: write_plainly(folder / "plain", size))
-    rate, each = size / statistics.median(saves) / 1e9, ", ".join(f"{save:.1f}" for save in saves)
-    print(f"{args.model}: {size / 1e9:.2f} GB saved in {each} s ({rate:.2f} GB/s)")
     print(f"as many bytes written plainly: {plain:.1f} s")
     facts = {"model": args.model, "bytes": size, "save_seconds": saves, "plain_write_seconds": plain}
     write_json(args.out, facts | {"provenance": provenance(argv)})
