@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.path import facts, make_encoder, make_images, make_vae, parse
+from benchmarks.path import facts, make_encoder, make_images, make_vae, parser
 from benchmarks.recipes import GMEM, make_gmem
 from memory.files import write_json
 
@@ -27,8 +27,8 @@ FLAGS = ["--log-every", "4", "--eval-every", "12"]
 AUDIT = "tf_efficientnet_lite0"  # as efficientnet-lite0, but its weights are looked for in the weights folder
 
 
-def run(work: Path, name: str, small: bool, **variables: object) -> dict:
-    """Run own-photos.sh into `work`/NAME; its status, seconds and what its commands took."""
+def run(work: Path, name: str, small: bool, end: float, **variables: object) -> dict:
+    """Run own-photos.sh into `work`/NAME until it ends or the clock says `end`; status, seconds, what commands took."""
     python, notes = work / name / "bin" / "python", work / name / "notes.jsonl"
     python.parent.mkdir(parents=True)
     limited = Path(__file__).with_name("limited.py")
@@ -44,15 +44,22 @@ def run(work: Path, name: str, small: bool, **variables: object) -> dict:
     begin = time.perf_counter()
     with open(work / f"{name}.log", "wb") as log:
         words = ["bash", "scripts/own-photos.sh", work / "images", *FLAGS]
-        status = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        script = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            status = script.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            script.terminate()  # which stops its command too
+            status = script.wait()
     commands = [json.loads(line) for line in notes.read_text().splitlines()]
     return {"status": status, "seconds": round(time.perf_counter() - begin, 1), "commands": commands}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the data, run the script twice, write and show what its commands took."""
-    args = parse(argv, "Run own-photos.sh on random photos within the memory of a card of 24 GB.")
-    work, small = args.work.resolve(), args.small
+    command = parser("Run own-photos.sh on random photos within the memory of a card of 24 GB.")
+    command.add_argument("--seconds", type=float, default=3600, help="after which what still runs is stopped")
+    args = command.parse_args(argv)
+    work, small, end = args.work.resolve(), args.small, time.perf_counter() + args.seconds
     weights = work / "weights"
     make_images(work / "images", *((60, 64) if small else (240, 384)))
     make_vae(weights / "sd-vae-ft-mse", small)
@@ -61,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     variables, results = {"NPROC": args.gpus, "GMEM_WEIGHTS": weights}, {}
 
     def from_scratch() -> None:
-        results["from scratch"] = run(work, "scratch", small, **variables)
+        results["from scratch"] = run(work, "scratch", small, end, **variables)
 
     def from_gmem() -> None:
         published = weights / GMEM
         make_gmem(published, "SiT-Ti/2" if small else "SiT-XL/2", 8 if small else 32, 64 if small else 768, 1000)
-        results[f"INIT={GMEM}"] = run(work, "init", small, INIT=published, **variables)
+        results[f"INIT={GMEM}"] = run(work, "init", small, end, INIT=published, **variables)
 
     with ThreadPoolExecutor() as threads:
         for job in [threads.submit(from_scratch), threads.submit(from_gmem)]:

@@ -59,14 +59,14 @@ def make_encoder(path: Path, name: str) -> None:
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
 
 
-def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """The command line of a benchmark that runs whole commands."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--gpus", type=int, default=1, help="processes of every command")
-    parser.add_argument("--work", type=Path, required=True, help="empty folder for what the commands write")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
-    return parser.parse_args(argv)
+def parser(description: str) -> argparse.ArgumentParser:
+    """For the command line of a benchmark that runs whole commands."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    found.add_argument("--gpus", type=int, default=1, help="processes of every command")
+    found.add_argument("--work", type=Path, required=True, help="empty folder for what the commands write")
+    found.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    found.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
+    return found
 
 
 def facts(args: argparse.Namespace, name: str) -> dict:
@@ -83,7 +83,7 @@ def facts(args: argparse.Namespace, name: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv, "Run the whole path at ImageNet's shapes on random data.")
+    args = parser("Run the whole path at ImageNet's shapes on random data.").parse_args(argv)
     work, small = args.work, args.small
     size, images, steps, drawn = (64, 80, 4, 4) if small else (256, 2048, 20, 64)
     model, batch, nfe = ("SiT-Ti/2", 4, 4) if small else ("SiT-XL/2", 32, 250)

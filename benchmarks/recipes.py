@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.path import facts, make_encoder, make_images, make_vae, parse
+from benchmarks.path import facts, make_encoder, make_images, make_vae, parser
 from memory.files import write_json
 from models.sit import SiT_models
 
@@ -110,7 +110,7 @@ def finished(samples: Path) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Make the data, run the recipes, compare, write the results."""
-    args = parse(argv, "Run the ImageNet recipes on random data, and kill them.")
+    args = parser("Run the ImageNet recipes on random data, and kill them.").parse_args(argv)
     work, small = args.work.resolve(), args.small
     size, images, model, batch, drawn = (64, 40, "SiT-Ti/2", 4, 40) if small else (256, 512, "SiT-XL/2", 64, 64)
     encoder = ("test_vit@64", "test_vit") if small else ("dinov2-vitb14", "vit_base_patch14_dinov2.lvd142m")
