@@ -46,6 +46,7 @@ CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides it
 RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6, 36)  # searched: learning rate, factor on the condition
 ALIGN = ("--align-coeff", "0.5", "--align-encoder", f"{ENCODER}@256")  # 8 × 8 patches, as many as the network's tokens
 SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
+UNTIL = 2_000  # steps that are trained before the first score, because every start compiles
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
 AUDITED = ("near_copies", "near_copies_held_out", "excess", "standard_error", "authenticity", "authenticity_held_out")
 HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
@@ -121,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate, instead of what the search found, or would try")
     add("--scale", type=float, help="factor on the condition, likewise")
     add("--steps", type=int, help="of training; 8,000, in the search 1,500")
-    add("--num-images", type=int, default=10_000, help="samples that are scored")
+    add("--num-images", type=int, help="samples that are scored; 10,000, in the search 5,000")
     add("--model", default="SiT-S/4", help="preset of models/sit.py")
     add("--batch-size", type=int, default=256, help="of training")
     add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
@@ -130,6 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")
     args = parser.parse_args(argv)
     args.steps = args.steps or (1_500 if args.search else 8_000)
+    args.num_images = args.num_images or (5_000 if args.search else 10_000)
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"arms {', '.join(unknown)}: expected {', '.join(ARMS)}")
     if unsearched := [arm for arm in args.arms if args.search and ARMS[arm].like]:
@@ -213,70 +215,79 @@ class Miniature:
         return lr, scale
 
     def run(self, arm: str, seed: int, lr: float, scale: float | None) -> None:
-        """Train, and score on the way; write the log after every part, and do no part that it has."""
+        """Train and score by turns; write the log after every part, and do no part that it has."""
         args, began = self.args, time.perf_counter()
         name = f"search/{arm}-lr{lr:g}-scale{scale or 0:g}" if args.search else f"{arm}-{seed}"
-        path, folder = self.logs / f"{name}.json", args.root / "runs" / args.dataset / name
+        path, samples = self.logs / f"{name}.json", args.root / "samples" / args.dataset / name
+        bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
+        settings = {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
+        settings |= {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC}
         log = read_json(path) if path.is_file() else {}
+        if log.get("settings") != settings:
+            log = {"curve": [], "variants": {}, "settings": settings}
         points = [args.steps] if args.search else [*(step for step in CURVE if step < args.steps), args.steps]
-        left = [step for step in points if step not in [point["step"] for point in log.get("curve", [])]]
+        left = [step for step in points if step not in [point["step"] for point in log["curve"]]]
         variants = {} if args.search or not args.variants else ARMS[arm].variants
-        variants = {way: words for way, words in variants.items() if way not in log.get("variants", {})}
-        if not left and not variants:
+        variants = {way: words for way, words in variants.items() if way not in log["variants"]}
+        audited = args.search or "copies" in log
+        if audited and not left and not variants:
             return
         if began - self.began + self.longest > args.seconds:
             print(f"{name}: not begun, its time would be over", flush=True)
             return
-        torch.compiler.reset()  # the networks of earlier runs would fill its cache
-        last = folder / "checkpoints" / f"{args.steps:07d}-ema.pt"
-        bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
-        every = math.gcd(*points)
-        words = self.training(arm, bank, lr, scale)
-        words += ["--out", str(folder), "--seed", str(seed), "--steps", str(args.steps), "--snapshot-every", str(every)]
-        words += ["--eval-every", str(every), "--log-every", str(min(every, 100)), "--save-every", str(args.steps)]
-        trained = line(train, words)
-        if not last.is_file():
-            call(train, [*words, "--sample-every", "0", "--keep", "1"])
-        lines = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
-        rate = statistics.median(entry["images_per_second"] for entry in lines if "images_per_second" in entry)
-        log = {
-            "format": 1,
-            **{"dataset": args.dataset, "arm": arm, "seed": seed, "steps": args.steps},
-            "settings": {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
-            | {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC},
-            "parameters": sum(tensor.numel() for tensor in read_checkpoint(last)["ema"].values()),
-            "images_per_second": rate,
-            "commands": {"train": trained},
-            "curve": log.get("curve", []),
-            "variants": log.get("variants", {}),
-            "made": provenance(processes=1),
-        }
+
+        folder = args.root / "runs" / args.dataset / name
+        words = [*self.training(arm, bank, lr, scale), "--out", str(folder), "--seed", str(seed)]
+        words += [f"--{what}-every={math.gcd(*points)}" for what in ("snapshot", "eval")]
+        words += [f"--log-every={min(math.gcd(*points), 100)}", f"--save-every={args.steps}", "--keep=1"]
+        words += ["--sample-every=0"]
+        log |= {"format": 1, "dataset": args.dataset, "arm": arm, "seed": seed, "made": provenance()}
+        log["commands"] = {"train": line(train, [*words, "--steps", str(args.steps)])}
         draw = self.draw(arm, bank, seed)
         for step in left:
-            losses = {key: entry[key] for entry in lines if entry["step"] == step for key in LOSSES if key in entry}
-            point = {"step": step, "seconds": round(step * args.batch_size / rate, 2), "images": step * args.batch_size}
-            point |= {LOSSES[key]: value for key, value in losses.items()}
-            made = self.sample(last.with_name(f"{step:07d}-ema.pt"), f"{name}/{step}", seed, draw)
-            log["commands"] |= {"sample": made[0]}
-            log["curve"] = sorted([*log["curve"], point | self.score(made[1])], key=lambda point: point["step"])
+            weights = self.trained(words, folder, step)
+            log |= {"steps": step, "parameters": self.parameters(weights), "images_per_second": rate_of(folder)}
+            log["commands"]["sample"] = self.sample(weights, samples / str(step), seed, draw)
+            point = self.losses(folder, step) | self.score(samples / str(step))
+            log["curve"] = sorted([*log["curve"], point], key=lambda point: point["step"])
             write_json(path, log)
-            if step == args.steps:
-                shutil.copyfile(made[1] / "preview.png", path.with_suffix(".png"))
-        if not args.search:
-            samples = args.root / "samples" / args.dataset / name / str(args.steps)
-            if samples.is_dir() and "copies" not in log:
-                log["copies"] = self.audit(samples)
-                self.control(arm, bank, samples)
-            for way, changes in variants.items():
-                made = self.sample(last, f"{name}/{way}", seed, [*draw, *self.filled(changes)])
-                log["variants"][way] = {**self.score(made[1]), "command": made[0]}
-                write_json(path, log)
+        last = self.trained(words, folder, args.steps)
+        if not audited:
+            if not (samples / str(args.steps)).is_dir():
+                self.sample(last, samples / str(args.steps), seed, draw)
+            shutil.copyfile(samples / str(args.steps) / "preview.png", path.with_suffix(".png"))
+            log["copies"] = self.audit(samples / str(args.steps))
             write_json(path, log)
-        self.clean(folder, last, args.root / "samples" / args.dataset / name)
+            self.control(arm, bank, samples / str(args.steps))
+        for way, changes in variants.items():
+            command = self.sample(last, samples / way, seed, [*draw, *self.filled(changes)])
+            log["variants"][way] = {**self.score(samples / way), "command": command}
+            write_json(path, log)
+        self.clean(folder, last, samples)
         self.longest = max(self.longest, time.perf_counter() - began)
-        point = log["curve"][-1]
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in point["held_out"].items())
-        print(f"{name}: {figures}; {rate:,.0f} images/s, {time.perf_counter() - began:.0f} s in all", flush=True)
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in log["curve"][-1]["held_out"].items())
+        speed = f"{log['images_per_second']:,.0f} images/s, {time.perf_counter() - began:.0f} s in all"
+        print(f"{name}: {figures}; {speed}", flush=True)
+
+    def trained(self, words: list[str], folder: Path, step: int) -> Path:
+        """The averaged weights of a step; trained, if they are not there, to it or to where scoring begins."""
+        path = folder / "checkpoints" / f"{step:07d}-ema.pt"
+        if not path.is_file():
+            call(train, [*words, "--steps", str(max(step, min(UNTIL, self.args.steps)))])
+        return path
+
+    def parameters(self, weights: Path) -> int:
+        """Numbers in the network, the fixed positions among them."""
+        return sum(tensor.numel() for tensor in read_checkpoint(weights)["ema"].values())
+
+    def losses(self, folder: Path, step: int) -> dict:
+        """A curve's point as far as training knows it."""
+        images = step * self.args.batch_size
+        point = {"step": step, "seconds": round(images / rate_of(folder), 2), "images": images}
+        for entry in entries(folder):
+            if entry["step"] == step:
+                point |= {LOSSES[key]: entry[key] for key in LOSSES if key in entry}
+        return point
 
     def training(self, arm: str, bank: Path | None, lr: float, scale: float | None) -> list[str]:
         """What train.py is told of an arm."""
@@ -318,17 +329,16 @@ class Miniature:
             np.save(temporary, values)
         return path
 
-    def sample(self, checkpoint: Path, name: str, seed: int, words: list[str]) -> tuple[str, Path]:
-        """Images from a checkpoint: the command's line, and their folder."""
-        out = self.args.root / "samples" / self.args.dataset / name
-        base = ["--checkpoint", str(checkpoint), "--out", str(out), "--num-images", str(self.args.num_images)]
+    def sample(self, weights: Path, out: Path, seed: int, words: list[str]) -> str:
+        """Images from averaged weights into a folder; the command's line."""
+        base = ["--checkpoint", str(weights), "--out", str(out), "--num-images", str(self.args.num_images)]
         base += [*SAMPLER, "--seed", str(seed), "--format", "npz", "--batch-size", "2500"]
-        return call(sample_ddp, [*base, *words]), out
+        return call(sample_ddp, [*base, *words])
 
     def score(self, samples: Path) -> dict[str, dict[str, float]]:
-        """Samples against held-out and training images, in the metric encoder's features."""
-        found = {}
-        for name, reference in (("held_out", self.holdout), ("training", self.store)):
+        """Samples against held-out and, but for the search, training images, in the metric encoder's features."""
+        found, references = {}, {"held_out": self.holdout, "training": self.store}
+        for name, reference in list(references.items())[: 1 if self.args.search else 2]:
             out = samples / f"{name}.json"
             call(evaluator, [str(reference), str(samples / "samples.npz"), *self.metric, "--out", str(out)])
             found[name] = named(read_json(out)["metrics"])
@@ -373,6 +383,16 @@ def named(metrics: dict[str, float]) -> dict[str, float]:
     return {key.partition("-")[0].lower(): value for key, value in metrics.items()}
 
 
+def entries(folder: Path) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def rate_of(folder: Path) -> float:
+    """Images a second of training alone: the median over the log's lines, which leaves out what compiling takes."""
+    return statistics.median(entry["images_per_second"] for entry in entries(folder) if "images_per_second" in entry)
+
+
 def line(command: ModuleType, words: Sequence[str]) -> str:
     """A command as one would type it."""
     name = command.__name__
@@ -383,6 +403,7 @@ def call(command: ModuleType, words: Sequence[str]) -> str:
     """Run a command in this process, as in a fresh one; its line."""
     print("$", line(command, words), flush=True)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # commands set their own
+    torch.compiler.reset()
     began = time.perf_counter()
     command.main(list(words))
     gc.collect()
