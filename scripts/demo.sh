@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The whole path of GMem on real images in minutes, on a CPU: encode, bank, train, sample, look, evaluate.
-# Every line is the command of the ImageNet recipe with smaller numbers. The same command again continues.
+# GMem on real images in minutes, on a CPU: 64 images of the trained model in assets/, then the whole path from scratch,
+# smaller: encode, bank, train, sample, look, evaluate. Every line is the command of the ImageNet recipe with smaller
+# numbers. The same command again continues.
 #   bash scripts/demo.sh [FOLDER]     FOLDER: where everything goes (default demo)
-#   STEPS=3000 bash scripts/demo.sh   trains longer; SOURCE, K and IMAGES change the data, the bank and the samples
+#   STEPS=3000 bash scripts/demo.sh   trains longer; SOURCE, K and IMAGES change the data, the bank and the samples, SHIPPED
+#                                     (64) the number of images of the model in assets/
 set -euo pipefail
 work=${1:-demo}
 case $work in /*) ;; *) work=$PWD/$work ;; esac
@@ -17,7 +19,14 @@ encoder=efficientnet-lite0@96
 steps=${STEPS:-900}
 samples=$work/samples/$steps-steps
 
-step "images -> latents of a small VAE, and features of an ImageNet encoder; 10% held out"
+step "${SHIPPED:-64} images of the model in assets/, which was trained on all of Fashion-MNIST on a GPU"
+python sample_ddp.py --checkpoint assets/gmem-fashion-mnist --out "$work/shipped" \
+    --num-images "${SHIPPED:-64}" --sampler euler --steps 50
+python -m scripts.neighbours "$work/shipped" --among assets/fashion-mnist --called "the shipped images" \
+    --out "$work/shipped.png"
+echo "look at $work/shipped.png"
+
+step "now from scratch, smaller: images -> latents of a small VAE, and features of an ImageNet encoder; 10% held out"
 python -m scripts.encode_dataset "${SOURCE:-assets/fashion-mnist}" --out "$store" --codec assets/fashion-mnist-vae \
     --encoder $encoder --image-size 32 --holdout 0.1 --keep-images
 
@@ -50,4 +59,4 @@ score sde "$samples/sde/samples.npz"
 score euler "$samples/euler/samples.npz"
 python -m scripts.table "$work"/metrics/{held-out,sde,euler}.json
 
-step "done: look at $work/neighbours.png"
+step "done: look at $work/shipped.png (the model in assets/) and $work/neighbours.png (the one trained here)"

@@ -1,15 +1,19 @@
-"""The shipped images and VAE are what assets/README.md says, and the command that made them works at small size."""
+"""The shipped images, VAE and model are what assets/README.md says; the command that made them works at small size."""
 
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sample_ddp
+from memory.files import sha256
 from models.autoencoder import load_codec
+from models.checkpoint import load_model
 from models.encoder import load_encoder
-from scripts.make_assets import framed, main, measure, rows, standardise, statistics
+from scripts.make_assets import framed, main, measure, model_card, rows, standardise, statistics
 from scripts.sources import open_source
 
 
@@ -34,7 +38,8 @@ def test_images_are_the_first_rows_with_every_class(root):
 
 def test_assets_are_small_and_licensed(root):
     sizes = {path: path.stat().st_size for path in (root / "assets").rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 8e6
+    assert sum(sizes.values()) < 18e6
+    assert sizes[root / "assets/gmem-fashion-mnist/model.safetensors"] < 12e6
     assert sum(size for path, size in sizes.items() if path.parent.name == "fashion-mnist") < 4e6
     assert sizes[root / "assets/fashion-mnist-vae/diffusion_pytorch_model.safetensors"] < 2e6
     assert "MIT" in (root / "assets/fashion-mnist/LICENSE").read_text()
@@ -58,6 +63,36 @@ def test_vae_has_the_shape_the_demo_trains_on(root):
     assert meta["latent_shape"] == [4, 8, 8]
     assert meta["image_channels"] == 1
     assert meta["scale"] == pytest.approx(1, abs=0.01)
+
+
+def test_model_is_the_one_that_its_card_describes(root):
+    """File, card and report say the same, and name no folder of the machine that made them."""
+    folder = root / "assets/gmem-fashion-mnist"
+    card, report = (folder / "README.md").read_text(), json.loads((folder / "report.json").read_text())
+    assert sha256(folder / "model.safetensors") == report["file"]["sha256"]
+    assert card == model_card(card.split("\n\n## Training")[0], report)
+    model, config, bank = load_model(folder)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card
+    assert (len(bank), bank.dim, int(bank.freq.sum())) == (report["bank"]["k"], 1280, config["store"]["num_images"])
+    assert config["steps"] == report["training"]["steps"]
+    assert not re.search(r"/(tmp|home|work|root)\b", json.dumps([card, report, config["args"], config["store"]]))
+    readme = (root / "assets/README.md").read_text()
+    samples = report["rows"]["samples"]["metrics"]["held-out"]
+    for name, digits in (("FD-resnet18@64", ".2f"), ("Precision-resnet18@64", ".2f"), ("Recall-resnet18@64", ".2f")):
+        assert re.search(rf"\b{samples[name]:{digits}}\b", readme), name
+
+
+def test_model_draws_clothes(root, tmp_path):
+    """Its images lie nearer to shipped ones than those lie to each other, none is one of them, and they differ."""
+    shipped = framed(rows(root / "assets/fashion-mnist", "train", "images-idx3"))[:, 0].float().flatten(1) / 255
+    words = ["--checkpoint", "assets/gmem-fashion-mnist", "--num-images", "16", "--sampler", "euler", "--steps", "12"]
+    sample_ddp.main([*words, "--format", "npz", "--out", str(tmp_path)])
+    samples = torch.from_numpy(np.load(tmp_path / "samples.npz")["arr_0"])[..., 0].float().flatten(1) / 255
+    among = torch.cdist(shipped[:500], shipped[500:]).min(1).values.mean()
+    nearest = torch.cdist(samples, shipped).min(1).values
+    assert nearest.mean() < 1.1 * among
+    assert nearest.min() > 0.2 * among
+    assert torch.pdist(samples).min() > 0.2 * among
 
 
 def test_packaged_encoder_tells_clothes_apart(root):

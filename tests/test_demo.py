@@ -6,15 +6,23 @@ import subprocess
 
 from PIL import Image
 
+from memory.files import sha256
 from scripts import make_assets
 
 
 def test_demo(root, tmp_path):
     words = ["--source", str(root / "assets" / "fashion-mnist"), "--out", str(tmp_path / "images")]
     make_assets.main(["images", *words, "--train", "200", "--test", "1"])
-    small = {"SOURCE": str(tmp_path / "images"), "STEPS": "4", "K": "8", "IMAGES": "8"}
+    small = {"SOURCE": str(tmp_path / "images"), "STEPS": "4", "K": "8", "IMAGES": "8", "SHIPPED": "9"}
     out = tmp_path / "demo"
     subprocess.run(["bash", "scripts/demo.sh", out], check=True, cwd=root, env={**os.environ, **small}, timeout=300)
+
+    shipped = json.loads((out / "shipped" / "samples.json").read_text())
+    assert shipped["settings"]["checkpoint"] == sha256(root / "assets" / "gmem-fashion-mnist" / "model.safetensors")
+    assert Image.open(out / "shipped.png").size == (
+        8 * (2 * 2 * 32 + 4) + 4,
+        26 + 2 * (2 * 32 + 4) + 4,
+    )  # under a title
 
     table = {path.stem: json.loads(path.read_text()) for path in (out / "metrics").glob("*.json")}
     assert table.keys() == {"held-out", "sde", "euler"}
