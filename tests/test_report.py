@@ -206,6 +206,8 @@ def test_a_result_is_traced_to_all_that_it_cost(made, capsys):
     assert (row["flips"], row["precision"], row["batch"]) == ("yes", "fp32", "4")
     assert float(row["training FLOP"]) == pytest.approx(2 * 3 * cost.multiply_adds(network) * 4 * 4, rel=1e-2)
     assert float(row["bank FLOP"]) == pytest.approx(2 * images * 8 * 64 * 3, rel=1e-2)
+    whole = {**read(made.bank / "bank.json"), "rule": "every feature", "iterations": 0}
+    assert cost.bank_flop(whole, images) == 0, "nothing is searched for a bank of all features"
     assert float(row["encoding FLOP"]) > 0
     rates = [json.loads(line)["images_per_second"] for line in (made.run / "log.jsonl").read_text().splitlines()]
     assert float(row["training hours"]) == pytest.approx(sum(4 / rate for rate in rates) / 3600, rel=1e-2)
