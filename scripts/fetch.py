@@ -60,12 +60,14 @@ MSE, EMA, TIMM = (
     f"{HUB}/{name}/resolve/{COMMITS[name]}"
     for name in ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", f"timm/{DINO}")
 )
-# As the hub states them; those of Inception and of ADM's reference are the same in independent copies.
+# As the hub states them; those of Inception and of ADM's reference are the same in independent copies. GMem's file came
+# with commit 0d99167 of its repository, whose 40 digits are not known here: the hash fixes it all the same.
 MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 EMA_SHA256 = "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"
 DINO_SHA256 = "55cbb5d887b336d430e649c277b85a1429e724871f9d02ac16203235886d8c7b"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 REFERENCE_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
+GMEM_SHA256 = "8920912de49a55824c877f7851c8c5bcc37919e198e20d6e47939c46ff2738ce"
 FILES = (
     File("sd-vae-ft-mse", "sd-vae-ft-mse/config.json", f"{MSE}/config.json", "VAE of GMem and REPA"),
     File("sd-vae-ft-mse", f"sd-vae-ft-mse/{VAE}", f"{MSE}/{VAE}", "VAE of GMem and REPA", MSE_SHA256),
@@ -87,7 +89,14 @@ FILES = (
         REFERENCE_SHA256,
     ),
     File("reference-512", "VIRTUAL_imagenet512.npz", f"{ADM}/512/VIRTUAL_imagenet512.npz", "FID at 512 px"),
-    File("gmem", GMEM, f"{HUB}/Tangentone/GMem/resolve/main/{GMEM}", "GMem's network and bank", optional=True),
+    File(
+        "gmem",
+        GMEM,
+        f"{HUB}/Tangentone/GMem/resolve/main/{GMEM}",
+        "GMem's network and bank",
+        GMEM_SHA256,
+        optional=True,
+    ),
     File(
         "sit",
         "SiT-XL-2-256x256.pt",
