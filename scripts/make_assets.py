@@ -249,7 +249,7 @@ def describe(source: Path) -> dict:
     if samples["settings"]["checkpoint"] != file["sha256"]:
         raise ValueError(f"--source {source}: its samples are of another network than its export; sample again")
     lines = [json.loads(line) for line in (source / "run" / "log.jsonl").read_text().splitlines()]
-    (made,) = config["runs"]
+    made = config["runs"][-1]
     trained = source / "resnet18.json"  # not there if the recipe was given its METRIC
     judge = {name: read_json(trained)[name] for name in ("steps", "nearest_has_the_label")} if trained.is_file() else {}
     held_out = [line for line in lines if "holdout_loss" in line][-1]
@@ -299,18 +299,19 @@ def model_card(exported: str, report: dict) -> str:
         f"images at step {held_out['step']:,}: {held_out['loss']:.4f}. Weights and bank are in float16 in one file of "
         f"{size:.1f} MB.",
         "## What it scores",
-        f"Sampled from this file with {sampling['sampler']}, {sampling['evaluations']} evaluations an image. FD, "
-        f"precision and recall are against the held-out images, in the features of a {judge} that was trained on the "
-        "training images without labels (`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the "
-        "snippets. They compare with nothing but such rows.",
+        f"Sampled with these weights and the bank before its rounding, by {sampling['sampler']} with "
+        f"{sampling['evaluations']} evaluations an image. FD, precision and recall are against the held-out images, in "
+        f"the features of a {judge} that was trained on the training images without labels "
+        "(`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the snippets. They compare with "
+        "nothing but such rows.",
         table(rows),
-        "The copy audit, among all images it was trained on:",
+        "Are these copies? Searched among all images it was trained on:",
         copy_table(report),
         bank_lines(report["bank"]),
         "## Licence",
         "MIT, as this repository; Fashion-MNIST is © Zalando SE, MIT licence.",
     ]
-    return "\n\n".join(sections).replace("copies, compared by", "compared by") + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
