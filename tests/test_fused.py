@@ -167,6 +167,7 @@ def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
     assert not kernels.can_pack("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert [backend.name.split("_")[0] for backend in kernels.attention_backends("cuda")] == names
     assert not kernels.can_pack("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not kernels.can_fuse("cuda")
