@@ -183,12 +183,14 @@ def unfinished(arm: Arm) -> str | None:
     """What keeps a baseline from being finished, in words; None if nothing does."""
     half = arm.steps[-1] / 2
     if half not in arm.steps:
-        return f"{arm.name} was not scored at {half:,.0f} steps, half of its last"
+        return f"The baseline {arm.name} was not scored at {half:,.0f} steps, half of its last"
     before = arm.distances[arm.steps.index(int(half))].mean()
     fall = 1 - arm.final / before
     if fall < FLATTENED:
         return None
-    return f"{arm.name} is unfinished: its FD falls by {fall:.0%} from {half:,.0f} to {arm.steps[-1]:,} steps"
+    return (
+        f"The baseline {arm.name} is unfinished: its FD falls by {fall:.0%} from {half:,.0f} to {arm.steps[-1]:,} steps"
+    )
 
 
 def tables(arms: dict[str, Arm], floor: float | None) -> Iterable[str]:
@@ -211,7 +213,7 @@ def tables(arms: dict[str, Arm], floor: float | None) -> Iterable[str]:
     yield table([{name: row.get(name, "") for name in columns} for row in rows])
     if floor is not None:
         yield f"Floor, {FLOOR} in equal number: FD {floor:.3g}."
-    yield from (f"{line[0].upper()}{line[1:]}." for line in map(unfinished, baselines) if line)
+    yield from (f"{line}." for line in map(unfinished, baselines) if line)
     yield from (f"Missing: {line}." for line in [", ".join(missing(arms))] if line)
     yield from variants(arms)
     yield from copies(arms)

@@ -73,8 +73,14 @@ def test_baselines_that_still_fall_are_called_unfinished(tmp_path):
     write(tmp_path, "label-align", [9, 8, 7], steps=(500, 1000, 8000))
     arms = read_arms(tmp_path)
     assert compare.unfinished(arms["label"]) is None
-    assert compare.unfinished(arms["none"]) == "none is unfinished: its FD falls by 20% from 4,000 to 8,000 steps"
-    assert compare.unfinished(arms["label-align"]) == "label-align was not scored at 4,000 steps, half of its last"
+    assert (
+        compare.unfinished(arms["none"])
+        == "The baseline none is unfinished: its FD falls by 20% from 4,000 to 8,000 steps"
+    )
+    assert (
+        compare.unfinished(arms["label-align"])
+        == "The baseline label-align was not scored at 4,000 steps, half of its last"
+    )
 
 
 def test_the_mean_of_the_seeds_counts_at_steps_that_all_have(tmp_path):
