@@ -19,7 +19,7 @@ install() { # pip leaves alone what is there already, without asking the network
         echo "Installing into $(python -c 'import sys; print(sys.prefix)')"
         if [ -n "${TORCH_INDEX_URL:-}" ]; then
             echo "  PyTorch from $TORCH_INDEX_URL (the CPU build and everything else: a fraction of the 3.2 GB of the CUDA build)"
-            python -m pip install --quiet --index-url "$TORCH_INDEX_URL" "torch>=2.11,<2.15" "torchvision>=0.26"
+            python -m pip install --quiet --index-url "$TORCH_INDEX_URL" "torch>=2.11" "torchvision>=0.26"
         else
             echo "  about 3.2 GB to download on Linux, most of it PyTorch's CUDA build; with"
             echo "  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu, for a machine without a GPU, a fraction of it"

@@ -146,7 +146,7 @@ def dry(tmp_path_factory):
 
     def run(root, script, *flags, **variables):
         given = {"NPROC": "8", "WORDS": folder / "words", "IMAGENET": "train", "GMEM_WEIGHTS": folder / "weights"}
-        given |= {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+        given |= {"PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": folder, **variables}  # or .venv is activated
         bash(root, {}, script, *flags, **given)
         words = (folder / "words").read_text().split("\n")[:-1]
         place = next(
