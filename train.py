@@ -45,7 +45,7 @@ from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
-from models.replay import Replay
+from models.replay import WARM_STEPS, Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
@@ -640,7 +640,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         trainer.note(provenance(argv, accelerator.num_processes))
         trainer.prepare()
-        with fitting(f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"):
+        less = f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"
+        with fitting(f"{less}; if it lasted for {WARM_STEPS} steps, --no-compile, because recording one takes more"):
             trainer.run()
     accelerator.end_training()
 
