@@ -220,9 +220,11 @@ def test_published_names_need_only_the_weights_folder(folder, tmp_path, monkeypa
     assert data.features.shape == (COUNT, 1, 48)
     assert (data.codec["name"], data.codec["scale"]) == ("sd-vae-ft-mse", 0.18215)
     shutil.rmtree(tmp_path / "weights")
-    with pytest.raises(ValueError, match=rf"sd-vae-ft-mse' are neither in {tmp_path}/weights/sd-vae-ft-mse.*fetch\.sh"):
+    with pytest.raises(
+        ValueError, match=rf"sd-vae-ft-mse'.* neither lie at {tmp_path}/weights/sd-vae-ft-mse.*fetch\.sh"
+    ):
         run(folder, tmp_path / "t", "--encoder", "dinov2-vitb14", codec="sd-vae-ft-mse", size=32)
-    with pytest.raises(ValueError, match=rf"neither at {tmp_path}/weights/vit_base_patch14_dinov2.*fetch\.sh"):
+    with pytest.raises(ValueError, match=rf"neither lie at {tmp_path}/weights/vit_base_patch14_dinov2.*fetch\.sh"):
         run(folder, tmp_path / "t", "--encoder", "dinov2-vitb14")
     assert not (tmp_path / "t").exists()
 
