@@ -224,7 +224,8 @@ class Miniature:
         settings |= {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC}
         log = read_json(path) if path.is_file() else {}
         if log.get("settings") != settings:
-            log = {"curve": [], "variants": {}, "settings": settings}
+            log = {"format": 1, "dataset": args.dataset, "arm": arm, "seed": seed, "settings": settings}
+            log |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
         points = [args.steps] if args.search else [*(step for step in CURVE if step < args.steps), args.steps]
         left = [step for step in points if step not in [point["step"] for point in log["curve"]]]
         variants = {} if args.search or not args.variants else ARMS[arm].variants
@@ -241,8 +242,8 @@ class Miniature:
         words += [f"--{what}-every={math.gcd(*points)}" for what in ("snapshot", "eval")]
         words += [f"--log-every={min(math.gcd(*points), 100)}", f"--save-every={args.steps}", "--keep=1"]
         words += ["--sample-every=0"]
-        log |= {"format": 1, "dataset": args.dataset, "arm": arm, "seed": seed, "made": provenance()}
-        log["commands"] = {"train": line(train, [*words, "--steps", str(args.steps)])}
+        log["commands"] |= {"train": line(train, [*words, "--steps", str(args.steps)])}
+        log["made"] = provenance()
         draw = self.draw(arm, bank, seed)
         for step in left:
             weights = self.trained(words, folder, step)
