@@ -39,10 +39,12 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        free = shutil.disk_usage(path.parent).free
-        if free < 1 << 20:
-            reason = f"the disk filled up ({free} bytes are left); free some space and run the same command again"
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of what the system says
+        cause = error if isinstance(error, OSError) else error.__context__
+        quota, free = getattr(cause, "errno", None) == errno.EDQUOT, shutil.disk_usage(path.parent).free
+        if quota or free < 1 << 20:
+            full = "your quota of this disk is used up" if quota else f"the disk filled up ({free} bytes are left)"
+            reason = f"{full}; free some space and run the same command again"
             raise OSError(errno.ENOSPC, reason, str(path)) from error
         raise
     finally:

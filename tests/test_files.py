@@ -1,6 +1,8 @@
 """Files are whole or absent, also when writing fails half-way or the disk is full."""
 
+import errno
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -84,6 +86,28 @@ def test_a_full_disk_is_named_and_truncates_nothing(small_disk, save):
         fill()
     assert path.read_bytes() == before
     assert list(small_disk.iterdir()) == [path]
+
+
+class OverQuota(io.BytesIO):
+    """A file of which the system takes a part."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, file: file.write(x.numpy().tobytes())], ids=["torch", "plain"])
+def test_a_quota_is_named(tmp_path, save):
+    (tmp_path / "1.pt").write_text("as before")
+
+    def fill():
+        with atomic(tmp_path / "1.pt"):
+            save(torch.zeros(1000), OverQuota())
+
+    with pytest.raises(OSError, match=r"your quota of this disk is used up; free some space .*1\.pt"):
+        fill()
+    assert (tmp_path / "1.pt").read_text() == "as before"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\\xff"])
