@@ -54,16 +54,16 @@ HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: how its images are made, what share is held out, and whose metric encoder scores it."""
+    """A data set: how its images are made, what share is held out, and whose metric encoder and search serve it."""
 
     characters: int | None = None  # of glyphs; None: Fashion-MNIST
     holdout: float = 0.1
-    metric: str = "glyphs"
+    like: str = "glyphs"
 
 
 DATA = {
     "glyphs": Data(2500),
-    "fashion": Data(metric="fashion"),
+    "fashion": Data(like="fashion"),
     "glyphs-100": Data(100),
     "glyphs-500": Data(500),
     "glyphs-6384": Data(6384),
@@ -136,6 +136,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"arms {', '.join(unknown)}: expected {', '.join(ARMS)}")
     if unsearched := [arm for arm in args.arms if args.search and ARMS[arm].like]:
         parser.error(f"--search: {', '.join(unsearched)} share another arm's settings; search that one")
+    if args.search and DATA[args.dataset].like != args.dataset:
+        parser.error(f"--search: {args.dataset} shares the settings of {DATA[args.dataset].like}; search there")
     return args
 
 
@@ -146,7 +148,8 @@ class Miniature:
         self.args, self.data = args, DATA[args.dataset]
         self.store, self.logs = args.root / "data" / args.dataset, args.logs / args.dataset
         self.holdout = self.store.with_name(f"{self.store.name}-holdout")
-        weights = args.logs / self.data.metric / "metric.safetensors"
+        self.searched = args.logs / self.data.like / "search"
+        weights = args.logs / self.data.like / "metric.safetensors"
         self.metric = ["--encoder", METRIC, "--encoder-weights", str(weights)]
         self.began, self.longest = time.perf_counter(), 0.0
         self.prepare(weights)
@@ -159,8 +162,8 @@ class Miniature:
             words = ["--codec", "pixels", "--image-size", "32", "--holdout", str(self.data.holdout), "--keep-images"]
             call(encode_dataset, [str(self.source()), *encode, *words, "--encoder", ENCODER])
         if not weights.is_file():
-            if self.data.metric != self.args.dataset:
-                raise ValueError(f"{weights} scores {self.args.dataset}: `scripts.miniature {self.data.metric}` first")
+            if self.data.like != self.args.dataset:
+                raise ValueError(f"{weights} scores {self.args.dataset}: `scripts.miniature {self.data.like}` first")
             words = ["--store", str(self.store), "--out", str(weights), "--model", METRIC.partition("@")[0]]
             call(train_metric_encoder, [*words, "--steps", "2000"])
         if METRIC not in read_meta(self.store)["encoders"]:
@@ -190,7 +193,7 @@ class Miniature:
 
     def found(self, arm: str) -> list[dict]:
         """Logs of the search that holds for an arm, the lowest FD on held-out images first."""
-        logs = [read_json(path) for path in sorted((self.logs / "search").glob("*.json"))]
+        logs = [read_json(path) for path in sorted(self.searched.glob("*.json"))]
         searched = [log for log in logs if log["arm"] == (ARMS[arm].like or arm) and log["curve"]]
         return sorted(searched, key=lambda log: log["curve"][-1]["held_out"]["fd"])
 
@@ -209,7 +212,7 @@ class Miniature:
         lr, scale = self.args.lr, self.args.scale
         if lr is None or (scale is None and ARMS[arm].condition != "none"):
             if not (found := self.found(arm)):
-                raise ValueError(f"{arm}: nothing in {self.logs / 'search'}: run --search, or give --lr and --scale")
+                raise ValueError(f"{arm}: nothing in {self.searched}: run --search, or give --lr and --scale")
             best = found[0]["settings"]
             lr, scale = lr or best["lr"], scale or best["scale"]
         return lr, scale

@@ -98,7 +98,7 @@ def test_pairs_of_label_and_snippet_come_from_one_image(places):
 
 def test_every_arm_has_settings():
     assert all(arm.like is None or ARMS[arm.like].like is None for arm in ARMS.values())
-    assert all(data.metric in DATA for data in DATA.values())
+    assert all(DATA[data.like].like == data.like for data in DATA.values())
 
 
 @pytest.mark.parametrize(
