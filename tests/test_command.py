@@ -74,6 +74,13 @@ def test_success_returns():
     assert command.execute(lambda: None) is None
 
 
+def test_every_command_ends_this_way(root):
+    sources = [path for folder in (".", "scripts", "memory", "evaluations") for path in (root / folder).glob("*.py")]
+    commands = {path.name: path.read_text() for path in sources if "__main__" in path.read_text()}
+    assert {"train.py", "sample_ddp.py", "encode_dataset.py", "build_bank.py", "evaluator.py"} <= commands.keys()
+    assert [name for name, text in commands.items() if not text.endswith("    execute(main)\n")] == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_tells_its_launcher(rank, tmp_path, monkeypatch, capsys):
     waited = []
