@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from models.encoder import load_encoder
 from scripts import encode_dataset, make_assets
@@ -42,6 +43,10 @@ def test_it_learns_and_is_read_by_the_evaluator(root, tmp_path):
     assert facts["last_loss"] < facts["first_loss"]
     assert facts["nearest_has_the_label"]["trained"] > 0.4
     assert load_encoder("resnet18@64", out).dim == 512
+    state = load_file(out)
+    assert {tensor.dtype for tensor in state.values() if tensor.ndim > 1} == {torch.float16}
+    assert state["bn1.running_var"].dtype == torch.float32
+    assert state["fc.weight"].count_nonzero() == 0  # no part of the features
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def test_it_learns_and_is_read_by_the_evaluator(root, tmp_path):
     [
         (["--out", "x.pt"], "ends in .safetensors"),
         (["--out", "x.safetensors", "--steps", "1"], "--steps 1: expected at least 2"),
+        (["--out", "x.safetensors", "--model", "resnet"], "--model resnet: timm"),
         (["--out", "x.safetensors", "--lr", "0"], "--lr and --temperature above 0"),
     ],
 )
