@@ -492,12 +492,15 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     make_encoder(judge, "resnet18")
     sizes = {"STEPS": 4, "BATCH": 4, "K": 8, "IMAGES": 8, "EVALUATIONS": 3, "OUT": out, "METRIC": judge}
     bash(root, environment, "fashion-mnist.sh", source, *SMALL_RUN, **sizes)
+    log = out / "run" / "log.jsonl"
+    log.write_text(re.sub(r'("images_per_second": )[\d.]+', r"\g<1>0.5", log.read_text()))
     make_assets.main(["model", "--source", str(out), "--out", str(tmp_path / "asset")])
     assert {path.name for path in (tmp_path / "asset").iterdir()} == {"model.safetensors", "README.md", "report.json"}
     written = [(tmp_path / "asset" / name).read_text() for name in ("README.md", "report.json")]
     report = json.loads(written[1])
     assert str(tmp_path) not in written[0] + written[1]
     assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
+    assert report["training"]["seconds"] == 4 * 4 / 0.5
     assert set(report["spaces"]) == {"resnet18@64", "latent"}
     score = report["rows"]["samples"]["metrics"]["held-out"]["FD-resnet18@64"]
     for fact in (f"{score:.4g}", "4 steps of 4 images", "Bank of 8 snippets", "MIT"):
