@@ -99,6 +99,8 @@ class Job:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(output, stream)
+            # pytest has put streams of its own in their places
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
             if processes > 1:
                 launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train
+from benchmarks import chaos
 from dataset import LatentDataset, rows_of_step, views_of_step
 from loss import Draws
 from memory import pairs
@@ -267,6 +270,30 @@ def test_a_process_that_dies_is_named_and_ends_the_others(folder):
     assert re.search(r"rank +: 1 ", cause)
     assert "(SIGKILL)" in cause or "Signal 9" in cause
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_process_that_hangs_is_given_up_after_the_timeout(folder, tmp_path):
+    """Two hours, because the others wait while one writes to slow storage; here ten seconds."""
+
+    def main(words):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of runs before the fork
+        train.TIMEOUT = timedelta(seconds=10)
+        train.main(words)
+
+    words = command(folder, tmp_path / "run", "--steps", 10_000, "--save-every", 10_000)
+    job = chaos.Job(main, words, 2, tmp_path / "log")
+    first, second = job.pids
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            assert job.wait(time.monotonic()) is None
+            time.sleep(0.1)
+        os.kill(second, signal.SIGSTOP)
+        job.pids = [first]
+        assert job.wait(time.monotonic() + 60) == [1]
+        assert "Timed out waiting 10000ms" in (tmp_path / "log").read_text()
+    finally:
+        os.kill(second, signal.SIGKILL)
+        os.waitpid(second, 0)
 
 
 def test_a_rerun_with_another_result_stops_and_says_why(folder, whole):
