@@ -54,7 +54,9 @@ def test_search_then_runs(places, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "CURVE", (1,))
     monkeypatch.setattr(miniature, "UNTIL", 1)  # so that training stops for the first score and continues
     monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=miniature.DRAWS))
+    capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
+    assert capsys.readouterr().out.count("$ python train.py") == 2
     found = log(places, "nearest-10-3")
     assert (found["settings"]["lr"], found["settings"]["scale"]) == min(scores, key=scores.get)
     assert [point["step"] for point in found["curve"]] == [1, 2]
