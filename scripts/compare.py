@@ -33,7 +33,7 @@ from evaluations.card import copy_figures, table
 from memory.command import execute
 from memory.files import atomic, read_json
 
-PRIMARY = ("none", "label", "label-align", "nearest-10", "nearest-10-align", "own")  # drawn, and first in the table
+PRIMARY = ("none", "label", "label-align", "nearest-10", "nearest-10-align", "own")  # first, and drawn as full lines
 BASELINES = ("label", "label-align", "none")
 SEEDS = 3  # of a primary arm
 FLOOR = "random training images"  # the control row that no arm is expected to beat
@@ -201,9 +201,9 @@ def tables(arms: dict[str, Arm], floor: float | None) -> Iterable[str]:
     rows = []
     for arm in arms.values():
         means, last = arm.distances.mean(1), arm.distances[-1]
-        row = {"arm": arm.name, "seeds": str(len(arm.runs))}
+        row = {"arm": arm.name, "seeds": str(len(arm.runs)), "last step": f"{arm.steps[-1]:,}"}
         row |= {f"{step:,} steps": f"{mean:.3g}" for step, mean in zip(arm.steps, means, strict=True)}
-        row["range at the end"] = f"{last.min():.3g} to {last.max():.3g}" if len(last) > 1 else ""
+        row["range of the last"] = f"{last.min():.3g} to {last.max():.3g}" if len(last) > 1 else ""
         row |= {f"steps to {base.name}'s {base.final:.3g}": reached(arm, base) for base in baselines if base != arm}
         row |= {name: f"{arm.values('held_out', name)[-1].mean():.3f}" for name in ("precision", "recall")}
         row["held-out loss"] = f"{arm.values('holdout_loss')[-1].mean():.4f}"
@@ -221,7 +221,8 @@ def tables(arms: dict[str, Arm], floor: float | None) -> Iterable[str]:
 
 def column_place(name: str) -> tuple[int, int]:
     """Where a column stands: those of steps by their number, what is known at the end after them."""
-    first = ("arm", "seeds").index(name) - 2 if name in ("arm", "seeds") else 0
+    leading = ("arm", "seeds", "last step")
+    first = leading.index(name) - len(leading) if name in leading else 0
     steps = name.removesuffix(" steps").replace(",", "")
     return first, int(steps) if steps.isdigit() else sys.maxsize
 
@@ -262,11 +263,10 @@ def copies(arms: dict[str, Arm]) -> Iterable[str]:
 
 
 def draw(arms: dict[str, Arm], floor: float | None, path: Path) -> None:
-    """Distance over steps and over seconds of training, a line for each primary arm (for every arm where none is)."""
-    shown = [arms[name] for name in PRIMARY if name in arms] or list(arms.values())
+    """Distance over steps and over seconds of training, a line for each arm."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     by_steps, by_time = figure.subplots(1, 2, sharey=True)
-    for arm in shown:
+    for arm in arms.values():
         draw_arm(by_steps, arm, np.array(arm.steps))
         draw_arm(by_time, arm, arm.values("seconds").mean(1))
     for axes, label in ((by_steps, "training steps"), (by_time, "seconds of training")):
@@ -284,7 +284,8 @@ def draw(arms: dict[str, Arm], floor: float | None, path: Path) -> None:
 def draw_arm(axes: Axes, arm: Arm, places: np.ndarray) -> None:
     """Mean and range of an arm's seeds at `places` (steps,)."""
     seeds = f"{len(arm.runs)} seeds" if len(arm.runs) > 1 else "1 seed"
-    (line,) = axes.plot(places, arm.distances.mean(1), marker="o", markersize=3, label=f"{arm.name}, {seeds}")
+    style = "-" if arm.name in PRIMARY else "--"
+    (line,) = axes.plot(places, arm.distances.mean(1), style, marker="o", markersize=3, label=f"{arm.name}, {seeds}")
     low, high = arm.distances.min(1), arm.distances.max(1)
     axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
