@@ -59,7 +59,7 @@ FREE = {
 }  # fmt: skip
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
-GRID_IMAGES, GRID_STEPS = 64, 50
+GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 8
 HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
 TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
 
@@ -480,7 +480,8 @@ class Trainer:
                 return self.ema(x.float(), t.float(), cond).double()
 
         latents = euler_sampler(velocity, z, GRID_STEPS)
-        pixels = to_uint8(self.grid_codec.decode(latents))
+        parts = latents.split(GRID_AT_ONCE)  # the VAE must fit beside all that trains
+        pixels = torch.cat([to_uint8(self.grid_codec.decode(part)) for part in parts])
         with atomic(self.out / "samples" / f"{self.step:07d}.png") as temporary:
             save_image(pixels.float() / 255, temporary, nrow=8, padding=0)
 
