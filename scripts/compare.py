@@ -38,6 +38,7 @@ BASELINES = ("label", "label-align", "none")
 SEEDS = 3  # of a primary arm
 FLOOR = "random training images"  # the control row that no arm is expected to beat
 FLATTENED = 0.2  # of its FD that a finished baseline loses at most in the last half of its steps
+ALIKE = 1.2  # largest ratio of speeds at which seconds of different runs compare
 DEVIATIONS = 3  # from the seeds' mean, within which a run agrees with them
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
@@ -213,6 +214,9 @@ def tables(arms: dict[str, Arm], floor: float | None) -> Iterable[str]:
     yield table([{name: row.get(name, "") for name in columns} for row in rows])
     if floor is not None:
         yield f"Floor, {FLOOR} in equal number: FD {floor:.3g}."
+    rates = sorted(run["images_per_second"] for arm in arms.values() for run in arm.runs if "images_per_second" in run)
+    if rates and rates[-1] > ALIKE * rates[0]:
+        yield f"Speeds differ, {rates[0]:,.0f} to {rates[-1]:,.0f} images/s of training: compare steps, not seconds."
     yield from (f"{line}." for line in map(unfinished, baselines) if line)
     yield from (f"Missing: {line}." for line in [", ".join(missing(arms))] if line)
     yield from variants(arms)

@@ -102,14 +102,15 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
     for seed, shift in enumerate((-3, 0, 3)):
         write(tmp_path, "label", [100, 80, 60, 40, 30 + shift], seed)
     write(tmp_path, "nearest-10", [90, 30, 20, 15, 12], copies={"latents": copies}, variants=variants)
-    write(tmp_path, "rows-10", [95, 30.0], steps=(500, 3000))
+    write(tmp_path, "rows-10", [95, 30.0], steps=(500, 3000), images_per_second=1000.0)
+    write(tmp_path, "random", [95, 90.0], steps=(500, 3000), images_per_second=1201.0)
     rows = {"rows": {"random training images": {"num_images": 10_000, "held_out": {"fd": 2.25}}}}
     (tmp_path / "controls.json").write_text(json.dumps(rows))
     compare.main([str(tmp_path)])
     page = (tmp_path / "table.md").read_text()
     assert page in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    header, _, label, nearest, rows = lines[:5]
+    header, _, label, nearest, _, rows = lines[:6]
     assert header[:9] == [
         "arm",
         "seeds",
@@ -122,6 +123,7 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
     assert dict(zip(header, nearest, strict=True))["steps to label's 30"] == "1,000 (8×)"
     assert dict(zip(header, rows, strict=True))["steps to label's 30"] == "3,000 (2.7×)"
     assert "FD 2.25" in page
+    assert "Speeds differ, 1,000 to 1,201 images/s" in page
     assert "Missing: none (0 of 3 seeds), label-align (0 of 3 seeds), nearest-10 (1 of 3 seeds)" in page
     assert ["nearest-10", "guided-1.5", "1", "12.5", "0.61", "0.33"] in lines
     assert ["nearest-10", "100", "latents", "2.00%", "1.00%", "+1.00% ± 0.10%", "50.0%", "51.0%"] in lines
@@ -131,8 +133,9 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
 
 
 def test_a_run_alone_is_enough(tmp_path):
-    write(tmp_path, "rows-10", [95], steps=(500,))
+    write(tmp_path, "rows-10", [95], steps=(500,), images_per_second=1000.0)
     compare.main([str(tmp_path)])
+    assert "images/s" not in (tmp_path / "table.md").read_text()
     assert (tmp_path / "curve.png").is_file()
     assert len(missing(read_arms(tmp_path))) == len(compare.PRIMARY)
 
