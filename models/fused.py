@@ -24,10 +24,20 @@ from torch.library import triton_op, wrap_triton
 
 from models.attention import attention, fits
 
-WARPS, STAGES = 4, 4
+WARPS = 4
 CHUNKS = (32, 16, 8, 4, 2, 1)  # tokens whose sums one program forms; the first that divides T is taken
-COLUMNS, TILE, ROWS = 512, 8, 128  # of `activate`: a program's columns, the rows it holds at once and goes through
-GELU_SLOPE, GELU_CUBE = tl.constexpr(2 * (2 / math.pi) ** 0.5), tl.constexpr(0.044715)  # of the tanh form, as a sigmoid
+BLOCK = 4096  # numbers of a program of `activate`
+JOIN_BACKWARD = {"stages": 3, "num_warps": 4}
+ACTIVATE_BACKWARD = {
+    "columns": 1024,
+    "tile": 4,
+    "span": 128,
+    "stages": 3,
+    "num_warps": 4,
+}  # a program goes through span rows
+SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
+LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
+POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
 
 
 @triton.jit
@@ -128,8 +138,7 @@ def _join_backward_op(
     sums = total.new_empty(images, tokens // chunk, 4, width)
     wrap_triton(join_backward_kernel)[(tokens // chunk, images)](
         d_total, d_normed, total, branch, gate, scale, mean, rstd, d_x, d_branch, sums, gate.stride(0), scale.stride(0),
-        tokens=tokens, width=width, block=triton.next_power_of_2(width), chunk=chunk, stages=STAGES,
-        num_warps=WARPS,
+        tokens=tokens, width=width, block=triton.next_power_of_2(width), chunk=chunk, **JOIN_BACKWARD,
     )  # fmt: skip
     return d_x, d_branch, sums.sum(1)  # (B, T, D), (B, T, D), (B, 4, D)
 
@@ -170,7 +179,7 @@ def join(
 def activate_kernel(hidden, active, numel, block: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     value = tl.load(hidden + places, mask=places < numel, other=0.0).to(tl.float32)
-    result = value * tl.sigmoid((value + value * value * value * GELU_CUBE) * GELU_SLOPE)
+    result = value / (1 + tl.exp2(value * (value * value * POWER_CUBIC + POWER)))
     tl.store(active + places, result.to(active.dtype.element_ty), mask=places < numel)
 
 
@@ -188,9 +197,9 @@ def activate_backward_kernel(
         places = row[:, None] * width + column[None, :]
         value = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(d_active + places, mask=inside, other=0.0).to(tl.float32)
-        square = value * value * GELU_CUBE
-        share = tl.sigmoid(value * (square + 1) * GELU_SLOPE)
-        gradient *= share + value * share * (1 - share) * (3 * square + 1) * GELU_SLOPE
+        square = value * value
+        share = 1 / (1 + tl.exp2(value * (square * POWER_CUBIC + POWER)))
+        gradient *= share + value * (square * CUBIC + LINEAR) * (share - share * share)
         tl.store(d_hidden + places, gradient.to(d_hidden.dtype.element_ty), mask=inside)
         total += tl.sum(gradient, 0)
     tl.store(sums + part * width + column, total, mask=column < width)
@@ -199,9 +208,9 @@ def activate_backward_kernel(
 @triton_op("gmem::activate", mutates_args=())
 def _activate_op(hidden: Tensor, bias: Tensor) -> Tensor:
     hidden = hidden.contiguous()
-    active, block = torch.empty_like(hidden), COLUMNS * TILE
-    wrap_triton(activate_kernel)[(triton.cdiv(hidden.numel(), block),)](
-        hidden, active, hidden.numel(), block=block, num_warps=WARPS
+    active = torch.empty_like(hidden)
+    wrap_triton(activate_kernel)[(triton.cdiv(hidden.numel(), BLOCK),)](
+        hidden, active, hidden.numel(), block=BLOCK, num_warps=WARPS
     )
     return active
 
@@ -211,12 +220,11 @@ def _activate_backward_op(d_active: Tensor, hidden: Tensor) -> tuple[Tensor, Ten
     d_active, hidden = d_active.contiguous(), hidden.contiguous()
     width = hidden.shape[-1]
     rows = hidden.numel() // width
-    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, ROWS)
+    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, ACTIVATE_BACKWARD["span"])
     sums = hidden.new_empty(parts, width, dtype=torch.float32)
-    wrap_triton(activate_backward_kernel)[(parts, triton.cdiv(width, COLUMNS))](
-        d_active, hidden, d_hidden, sums, rows,
-        width=width, columns=COLUMNS, tile=TILE, span=ROWS, stages=STAGES, num_warps=WARPS,
-    )  # fmt: skip
+    wrap_triton(activate_backward_kernel)[(parts, triton.cdiv(width, ACTIVATE_BACKWARD["columns"]))](
+        d_active, hidden, d_hidden, sums, rows, width=width, **ACTIVATE_BACKWARD
+    )
     return d_hidden, sums.sum(0)
 
 
@@ -244,7 +252,7 @@ def detached(layer: nn.Linear, x: Tensor) -> Tensor:
 def attend(packed: bool, layer: nn.Module, x: Tensor) -> Tensor:
     """timm's `Attention` of x (B, T, D) up to its last layer; `packed`: by models/attention.py, where it fits."""
     if packed and fits(layer, x):
-        return attention(layer.qkv(x), layer.num_heads)
+        return attention(detached(layer.qkv, x), layer.qkv.bias, layer.num_heads)
     q, k, v = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, S) each
     return F.scaled_dot_product_attention(layer.q_norm(q), layer.k_norm(k), v).transpose(1, 2).flatten(2)
 
