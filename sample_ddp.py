@@ -40,6 +40,7 @@ from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
+from models.replay import Replay
 from models.sit import SiT
 from samplers import (
     LABEL_DRAW,
@@ -135,7 +136,7 @@ class Generator:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.batch_size, self.normals = None, None  # `compile` sets them
+        self.batch_size, self.normals, self.replay = None, None, None  # `compile` sets the first two
         self.entries = None if args.snippets in snippet_rules else read_snippets(args.snippets)  # (M,) or (M, F)
         self.labels = None if args.labels in label_rules else read_snippets(args.labels, "--labels")  # (M,)
         vectors = self.entries is not None and self.entries.ndim == 2
@@ -278,7 +279,13 @@ class Generator:
     def _velocity(self, network: SiT, cond: object, batch_size: int) -> Velocity:
         """A network as samplers call it, with float64 outside; its condition is embedded once for all steps."""
         condition = network.embed_condition(cond, batch_size, None)  # (B, D)
-        return lambda x, t: network.velocity(x.float(), network.t_embedder(t.float()) + condition)
+
+        def evaluate(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return network.velocity(x.float(), network.t_embedder(t.float()) + condition)
+
+        if self.batch_size and not self.guide and self.device.type == "cuda":
+            evaluate = self.replay = self.replay or Replay(evaluate, warm=2)
+        return lambda x, t: evaluate(x, t, condition)
 
     def latents(self, images: Tensor, steps: int) -> Tensor:
         """Latents float32 (B, C, H, W) of the images with these numbers (B,)."""
@@ -311,7 +318,7 @@ class Generator:
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
-        self.normals, self.batch_size = torch.compile(normals_of, dynamic=False), batch_size
+        self.normals, self.batch_size, self.replay = torch.compile(normals_of, dynamic=False), batch_size, None
         self.decode(self.latents(torch.arange(batch_size), steps=2))
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The forward and backward passes of training steps, recorded as CUDA graphs and replayed.
+"""Training steps' forward and backward passes, and a sampler's evaluations, recorded as CUDA graphs and replayed.
 
-A step of SiT-XL launches about three thousand kernels, which at small batches takes the host longer than the GPU needs
-to run them; a graph is one launch.
+A training step of SiT-XL launches about three thousand kernels, an evaluation three hundred, which at small batches
+takes the host longer than the GPU needs to run them; a graph is one launch.
 """
 
 import dataclasses
@@ -14,42 +14,47 @@ WARM_STEPS = 12  # that run as they are before the recording: compiling, choosin
 
 
 class Replay:
-    """`micro_step(first, last, *inputs)`, one graph for each (first, last) that occurs in a step.
+    """`work(*ends, *inputs)`, after `warm` steps as one graph for each value of `ends` that occurs.
 
-    `first` and `last` mark the micro-batches at the ends of a step. Inputs are tensors, None, or tuples, lists and
-    dataclasses of them, of the same shapes in all micro-batches; when their shapes change, recording begins anew.
-    Gradients keep their place in memory from the first recorded micro-batch on, and so does each graph's result, which
-    the next call overwrites. `micro_step` must not wait for the GPU, and all of it runs on the current stream.
+    `ends` are the two marks (first, last) of the micro-batches at the ends of a training step, or nothing where every
+    call is a step. Inputs are tensors, None, or tuples, lists and dataclasses of them, of the same shapes in all calls;
+    when their shapes change, recording begins anew. Gradients keep their place in memory from the first recorded
+    micro-batch on, and so does each graph's result, which the next call overwrites. `work` must not wait for the GPU,
+    and all of it runs on the current stream.
     """
 
-    def __init__(self, micro_step: Callable[..., Tensor]):
-        self.micro_step = micro_step
+    def __init__(self, work: Callable[..., Tensor], warm: int | None = None):
+        self.work, self.warm = work, WARM_STEPS if warm is None else warm
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, as after a change of what `micro_step` does."""
+        """Begin anew, as after a change of what `work` does."""
         self.shapes, self.steps, self.graphs = None, 0, {}
         self.pool = torch.cuda.graph_pool_handle()  # one, because the graphs of a step never run at the same time
 
-    def __call__(self, first: bool, last: bool, *inputs: object) -> Tensor:
-        shapes = [(tensor.shape, tensor.dtype) for tensor in leaves(inputs)]
+    def __call__(self, *inputs: object) -> Tensor:
+        ends = tuple(mark for mark in inputs if isinstance(mark, bool))
+        tensors = inputs[len(ends) :]
+        shapes = [(tensor.shape, tensor.dtype) for tensor in leaves(tensors)]
         if shapes != self.shapes:
             self.forget()
             self.shapes = shapes
-        self.steps += first
-        if self.steps <= WARM_STEPS:
-            return self.micro_step(first, last, *inputs)
-        if (first, last) not in self.graphs:
-            self.graphs[first, last] = self._record(first, last, clone(inputs))
-        graph, its_inputs, result = self.graphs[first, last]
-        torch._foreach_copy_(leaves(its_inputs), leaves(inputs), non_blocking=True)
+        self.steps += all(ends[:1])
+        if self.steps <= self.warm:
+            return self.work(*inputs)
+        if ends not in self.graphs:
+            self.graphs[ends] = self._record(ends, clone(tensors))
+        graph, its_tensors, result = self.graphs[ends]
+        torch._foreach_copy_(leaves(its_tensors), leaves(tensors), non_blocking=True)
         graph.replay()
         return result
 
-    def _record(self, first: bool, last: bool, inputs: tuple) -> tuple[torch.cuda.CUDAGraph, tuple, Tensor]:
+    def _record(self, ends: tuple[bool, ...], inputs: tuple) -> tuple[torch.cuda.CUDAGraph, tuple, Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():  # which cannot be recorded; without gradients any other serves
+            stream = None
         with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):  # a loader pins in threads
-            result = self.micro_step(first, last, *inputs)
+            result = self.work(*ends, *inputs)
         return graph, inputs, result
 
 
