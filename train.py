@@ -503,7 +503,7 @@ class Trainer:
         total, done = args.steps * args.batch_size, self.step * args.batch_size
         bar = tqdm(total=total, initial=done, unit="img", disable=not main)
         began, since = time.perf_counter(), self.step
-        with StopSignal(TIMEOUT) as stop, fast_attention(self.device):
+        with StopSignal(TIMEOUT) as stop, fast_attention(self.device, self.network.pos_embed.shape[1]):
             for batch in self.batches():
                 self.train_step(batch)
                 bar.update(args.batch_size)

@@ -18,29 +18,35 @@ from memory.kmeans import triton_works
 from models.sit import SiT, checkpointed
 
 HOPPER = (9, 0)  # from here on cuDNN's attention is the faster one; for this generation alone is models/attention.py
+CUDNN_TILE = 128  # tokens, of which its backward pass goes wrong in parts
 TRITON_CAPABILITY = (8, 0)  # the first with bf16
 
 
-def attention_backends(device: torch.device | str) -> list[SDPBackend]:
-    """Attention backends in order of preference on this device; each call takes the first that supports its tensors."""
+def attention_backends(device: torch.device | str, tokens: int | None = None) -> list[SDPBackend]:
+    """Attention backends in order of preference on this device; each call takes the first that supports its tensors.
+
+    `tokens` says that there will be a backward pass, over so many: cuDNN's on Hopper pads them to tiles of 128 with
+    scores of 0, whose weights overflow where all of a query's true scores are below about −88, and gives NaN
+    (github.com/pytorch/pytorch/issues/196678).
+    """
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     device = torch.device(device)
-    cudnn = device.type == "cuda" and torch.backends.cudnn.is_available()
+    cudnn = device.type == "cuda" and torch.backends.cudnn.is_available() and (tokens or 0) % CUDNN_TILE == 0
     if cudnn and torch.cuda.get_device_capability(device) >= HOPPER:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return backends
 
 
 @contextlib.contextmanager
-def fast_attention(device: torch.device | str) -> Iterator[None]:
-    """Inside, `scaled_dot_product_attention` prefers `attention_backends(device)`; on a CPU nothing changes.
+def fast_attention(device: torch.device | str, tokens: int | None = None) -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` prefers `attention_backends(device, tokens)`; on a CPU nothing changes.
 
     A compiled network keeps the backend that was chosen while it was compiled, so its first call belongs inside, too.
     """
     if torch.device(device).type == "cpu":
         yield
         return
-    with sdpa_kernel(attention_backends(device), set_priority=True):
+    with sdpa_kernel(attention_backends(device, tokens), set_priority=True):
         yield
 
 
