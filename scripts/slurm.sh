@@ -4,6 +4,9 @@
 #   sbatch --nodes 4 --gpus-per-node 4 --cpus-per-task 32 --partition NAME --time 12:00:00 scripts/slurm.sh …
 # Every node runs the recipe once, on all its GPUs; variables (STEPS, SIZE …) are those of the shell that submits.
 # A recipe that finishes ends the job; one that fails ends it with its status and is not requeued.
+# Ten minutes: training finishes its step and saves. The 10.8 GB of an XL took 12 and 19 s on the local disk of an H200's
+# machine that others used, too (benchmarks/results/save-h200.json); in 480 s (PATIENCE) a shared file system of 23 MB/s
+# still does it. On a slower one, or with longer evaluations: --signal=B:USR1@1200 and PATIENCE=1000.
 #SBATCH --job-name=gmem
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -10,7 +10,20 @@ from benchmarks import precision
 
 def test_few_steps_agree_but_not_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    words = ["--steps", "4", "--images", "80", "--model", "SiT-S/8", "--seeds", "1", "--work", str(tmp_path)]
+    words = [
+        "--steps",
+        "4",
+        "--images",
+        "80",
+        "--model",
+        "SiT-Ti/2",
+        "--image-size",
+        "8",
+        "--seeds",
+        "1",
+        "--work",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit, match="does not learn"):
         precision.main([*words, "--bound", "1e-9", "--parallel", "3", "--out", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
