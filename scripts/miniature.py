@@ -234,7 +234,7 @@ class Miniature:
         variants = {} if args.search or not args.variants else ARMS[arm].variants
         variants = {way: words for way, words in variants.items() if way not in log["variants"]}
         audited = args.search or "copies" in log
-        if audited and not left and not variants:
+        if "diverged" in log or (audited and not left and not variants):
             return
         if began - self.began + self.longest > args.seconds:
             print(f"{name}: not begun, its time would be over", flush=True)
@@ -249,7 +249,13 @@ class Miniature:
         log["made"] = provenance()
         draw = self.draw(arm, bank, seed)
         for step in left:
-            weights = self.trained(words, folder, step)
+            try:
+                weights = self.trained(words, folder, step)
+            except FloatingPointError as error:
+                if not args.search:
+                    raise
+                write_json(path, log | {"diverged": str(error)})  # a setting that diverges loses the search
+                return
             log |= {"steps": step, "parameters": self.parameters(weights), "images_per_second": rate_of(folder)}
             log["commands"]["sample"] = self.sample(weights, samples / str(step), seed, draw)
             point = self.losses(folder, step) | self.score(samples / str(step))

@@ -80,6 +80,23 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert "nearest-10-4: not begun" in capsys.readouterr().out
 
 
+def test_a_setting_that_diverges_loses(places, monkeypatch):
+    def diverge(words):
+        raise FloatingPointError("the loss of step 57 is not finite")
+
+    given = ("class-mean", "--lr", "1e-3", "--scale", "6")
+    monkeypatch.setattr(miniature.train, "main", diverge)
+    with pytest.raises(FloatingPointError):
+        run(places, *given, "--seeds", "5")
+    run(places, "none", "--lr", "1e9", "--search")
+    found = log(places, "search/none-lr1e+09-scale0")
+    assert (found["diverged"], found["curve"]) == ("the loss of step 57 is not finite", [])
+    monkeypatch.setattr(miniature.train, "main", None)
+    run(places, "none", "--lr", "1e9", "--search")  # is not tried again
+    with pytest.raises(ValueError, match="none: nothing in"):
+        run(places, "none")
+
+
 @pytest.mark.parametrize("arm", ["label+nearest-10", "class-mean"])
 def test_arms_of_every_kind(places, arm):
     run(places, arm, "--lr", "1e-3", "--scale", "6")
