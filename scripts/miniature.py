@@ -225,8 +225,10 @@ class Miniature:
         bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
         settings = {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
         settings |= {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC}
+        folder = args.root / "runs" / args.dataset / name
         log = read_json(path) if path.is_file() else {}
-        if log.get("settings") != settings:
+        cut_off = log.get("steps", 0) < args.steps and not folder.is_dir()  # a curve is of one training
+        if log.get("settings") != settings or (cut_off and "diverged" not in log):
             log = {"format": 1, "dataset": args.dataset, "arm": arm, "seed": seed, "settings": settings}
             log |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
         points = [args.steps] if args.search else [*(step for step in CURVE if step < args.steps), args.steps]
@@ -240,7 +242,6 @@ class Miniature:
             print(f"{name}: not begun, its time would be over", flush=True)
             return
 
-        folder = args.root / "runs" / args.dataset / name
         words = [*self.training(arm, bank, lr, scale), "--out", str(folder), "--seed", str(seed)]
         words += [f"--{what}-every={math.gcd(*points)}" for what in ("snapshot", "eval")]
         words += [f"--log-every={min(math.gcd(*points), 100)}", f"--save-every={args.steps}", "--keep=1"]

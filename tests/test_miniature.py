@@ -1,6 +1,7 @@
 """The experiment end to end at toy size: what it writes, what it skips, and the settings it picks."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from memory.bank import MemoryBank
 from scripts import make_assets, miniature
 from scripts.miniature import ARMS, DATA, METRIC
 
+HELD_OUT_DRAW = {"snippets-held-out": miniature.DRAWS["snippets-held-out"]}
 TOY = ["--model", "SiT-S/8", "--batch-size", "8", "--steps", "2", "--num-images", "16"]
 
 
@@ -53,7 +55,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
 
     monkeypatch.setattr(miniature, "CURVE", (1,))
     monkeypatch.setattr(miniature, "UNTIL", 1)  # so that training stops for the first score and continues
-    monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=miniature.DRAWS))
+    monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=HELD_OUT_DRAW))
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
     assert capsys.readouterr().out.count("$ python train.py") == 2
@@ -65,7 +67,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
         assert point.keys() >= {"seconds", "train_loss", "holdout_loss"}
         for reference in ("held_out", "training"):
             assert point[reference].keys() == {"fd", "precision", "recall", "kd"}
-    assert found["variants"].keys() == {"draw-random", "snippets-held-out"}
+    assert found["variants"].keys() == {"snippets-held-out"}
     assert found["copies"].keys() == {"latent", METRIC}
     assert "--snippet-from nearest" in found["commands"]["train"]
     assert found["settings"]["k"] == 15  # 10% of 154 images
@@ -76,6 +78,13 @@ def test_search_then_runs(places, monkeypatch, capsys):
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
     assert "$" not in capsys.readouterr().out  # nothing is left to do
+    cut_off = found | {"steps": 1, "curve": [found["curve"][0] | {"seconds": -1}]}
+    (places / "logs" / "fashion" / "nearest-10-3.json").write_text(json.dumps(cut_off))
+    shutil.rmtree(places / "root" / "runs" / "fashion" / "nearest-10-3")
+    run(places, "nearest-10", "--seeds", "3")
+    again = log(places, "nearest-10-3")
+    assert again["curve"][0]["seconds"] > 0  # with its weights lost, the whole run is made again
+    assert [point["held_out"] for point in again["curve"]] == [point["held_out"] for point in found["curve"]]
     run(places, "nearest-10", "--seeds", "4", "--seconds", "0")
     assert "nearest-10-4: not begun" in capsys.readouterr().out
 
