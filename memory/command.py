@@ -1,15 +1,16 @@
 """How a command ends: what its user can mend is one line, and our own mistakes keep their traceback."""
 
+import dis
 import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
+RAISE = dis.opmap["RAISE_VARARGS"]
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
 
 
@@ -37,10 +38,17 @@ def execute(main: Callable[[], object]) -> None:
 
 
 def named(error: BaseException) -> bool:
-    """Whether an error speaks to the user: the system's, of files and disks, or one that a line of ours raises.
+    """Whether an error speaks to the user: the system's, of files and disks, or one that a `raise` of ours makes.
 
-    A ValueError out of a library, or of an operation that was given what it cannot take, is a mistake of ours.
+    A ValueError out of a library, or of an operation that was given what it cannot take, is a mistake of ours. The
+    instruction tells them apart, since the source is not always at hand.
     """
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_here = Path(last.filename).is_relative_to(ROOT) and (last.line or "").startswith("raise ")
-    return isinstance(error, OSError) or (raised_here and "site-packages" not in last.filename)
+    if isinstance(error, OSError):
+        return True
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    file = Path(code.co_filename).resolve()  # ROOT is without links, too
+    ours = file.is_relative_to(ROOT) and "lib" not in file.relative_to(ROOT).parts  # nor an environment's libraries
+    return ours and code.co_code[last.tb_lasti] == RAISE

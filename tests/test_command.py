@@ -21,6 +21,22 @@ def not_finite():
     raise FloatingPointError("step 3")
 
 
+def refuse_after_another():
+    try:
+        int("three")
+    except ValueError as error:
+        raise ValueError(
+            "--flag three: expected a number",
+        ) from error
+
+
+def hand_on():
+    try:
+        int("three")
+    except ValueError:
+        raise
+
+
 def interrupted():
     raise KeyboardInterrupt
 
@@ -29,6 +45,7 @@ def interrupted():
     ("main", "message"),
     [
         (refuse, "error: --flag 3: expected 2\n"),
+        (refuse_after_another, "error: --flag three: expected a number\n"),
         (not_finite, "error: step 3\n"),
         (lambda: os.stat("nowhere"), "error: [Errno 2] No such file or directory: 'nowhere'\n"),
         (lambda: read_json(__file__), f"error: {__file__} is no JSON file"),
@@ -48,6 +65,7 @@ def test_a_named_error_is_one_line(main, message, capsys):
     [
         lambda: np.zeros(3) + np.zeros(4),
         lambda: int("three"),
+        hand_on,
         lambda: torch.distributions.Normal(0, -1),
         lambda: {}["key"],
     ],
@@ -58,9 +76,20 @@ def test_a_mistake_of_ours_keeps_its_traceback(main):
 
 
 def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):
-    monkeypatch.setattr(command, "ROOT", command.Path(torch.__file__).parents[3])
+    monkeypatch.setattr(command, "ROOT", command.Path(torch.__file__).resolve().parents[4])
     with pytest.raises(ValueError, match="scale"):
         command.execute(lambda: torch.distributions.Normal(0, -1))
+
+
+def test_neither_the_source_nor_the_way_to_it_is_needed(tmp_path, monkeypatch):
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "link").symlink_to("checkout")
+    monkeypatch.setattr(command, "ROOT", tmp_path.resolve() / "checkout")
+    code = compile("if flag: raise ValueError('--flag')\nint('three')", str(tmp_path / "link" / "gone.py"), "exec")
+    with pytest.raises(SystemExit):
+        command.execute(lambda: exec(code, {"flag": True}))
+    with pytest.raises(ValueError, match="three"):
+        command.execute(lambda: exec(code, {"flag": False}))
 
 
 def test_ctrl_c_is_no_traceback(capsys):
