@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import train
 from memory import output
 from memory.bank import MemoryBank
 from memory.files import HOST, sha256
 from models.autoencoder import load_codec, to_uint8
 from models.checkpoint import load_model
+from models.kernels import default_precision
 from models.sit import SiT, SiT_models
 from sample_ddp import Generator, main, parse
 from samplers import noise, samplers
@@ -374,6 +376,21 @@ def test_guidance(folder):
     null = made("--guide", "null", "--guidance-scale", 3, checkpoint="nullable.pt")
     assert (null != made(checkpoint="nullable.pt")).mean() > 0.2
     made("--guide", "null", "--guidance-scale", 3, checkpoint="label.pt")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_the_default_where_a_gpu_computes_in_it(native, monkeypatch):
+    """Not where it is emulated."""
+
+    def supported(including_emulation=True):
+        return including_emulation or native
+
+    assert default_precision() == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    training = train.parse(["--store", "x", "--out", "y", "--condition", "none", "--no-compile"])
+    sampling = parse(["--checkpoint", "x", "--out", "y"])
+    assert training.precision == sampling.precision == ("bf16" if native else "fp32")
 
 
 def test_precision_and_rounding(folder):
