@@ -5,15 +5,18 @@
 
 evaluations/miniature.md is the protocol. Everything is done by the project's own commands, called one after another in
 this process; each log holds their lines. What is finished is skipped, so that runs can be spread over many calls, and
-`--seconds` begins none that would not end in time.
+`--seconds` begins none that would not end in time. The same command may run several times at once, on one GPU or more
+(CUDA_VISIBLE_DEVICES): each takes what no other is at.
 
 Reads   ROOT/sources/ (glyphs are rendered, Fashion-MNIST is Debian's package), and LOGS/DATASET/metric.safetensors,
         the encoder that scores, so that figures of different days compare
-Writes  ROOT/{data,banks,runs,samples}/…    LOGS/DATASET/ARM-SEED.json    LOGS/DATASET/search/ARM-SETTING.json
+Writes  ROOT/{data,banks,runs,samples,claims}/…    LOGS/DATASET/ARM-SEED.json    LOGS/DATASET/search/ARM-SETTING.json
         LOGS/DATASET/controls.json          what real images score
 """
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import json
 import math
@@ -21,7 +24,7 @@ import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -152,8 +155,23 @@ class Miniature:
         weights = args.logs / self.data.like / "metric.safetensors"
         self.metric = ["--encoder", METRIC, "--encoder-weights", str(weights)]
         self.began, self.longest = time.perf_counter(), 0.0
-        self.prepare(weights)
+        with self.claimed("data", wait=True):
+            self.prepare(weights)
         self.images = read_meta(self.store)["num_images"]
+
+    @contextlib.contextmanager
+    def claimed(self, what: str, wait: bool) -> Iterator[bool]:
+        """Keep a part of the work to this process while the block runs; whether no other has it, or `wait` for that."""
+        path = self.args.root / "claims" / f"{self.args.dataset}-{what}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{what}: another process is at it", flush=True)
+                yield False
+                return
+            yield True
 
     def prepare(self, weights: Path) -> None:
         """Make store and metric encoder where they are missing."""
@@ -182,6 +200,11 @@ class Miniature:
 
     def bank(self, arm: Arm) -> Path:
         """The bank that an arm draws from, built if it is not there."""
+        with self.claimed("banks", wait=True):
+            return self.built(arm)
+
+    def built(self, arm: Arm) -> Path:
+        """`bank`, by the one process that may build."""
         if arm.features not in read_meta(self.store)["encoders"]:
             call(derive_features, [arm.features, "--store", str(self.store), "--encoder", ENCODER])
         rows = "all" if arm.share == 1 else str(max(1, round(arm.share * self.images)))
@@ -428,13 +451,13 @@ def main(argv: list[str] | None = None) -> None:
     """Prepare the data set, then run the arms: all at the first seed, then all at the next."""
     args = parse(argv)
     miniature = Miniature(args)
-    if args.search:
+    for seed in args.seeds[: 1 if args.search else None]:
         for arm in args.arms:
-            miniature.search(arm)
-        return
-    for seed in args.seeds:
-        for arm in args.arms:
-            miniature.run(arm, seed, *miniature.settings(arm))
+            with miniature.claimed(f"search-{arm}" if args.search else f"{arm}-{seed}", wait=False) as mine:
+                if mine and args.search:
+                    miniature.search(arm)
+                elif mine:
+                    miniature.run(arm, seed, *miniature.settings(arm))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,18 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert "nearest-10-4: not begun" in capsys.readouterr().out
 
 
+def test_what_another_process_is_at_is_left_to_it(places, capsys):
+    words = ["fashion", "none", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
+    other = miniature.Miniature(miniature.parse(words))
+    with other.claimed("none-6", wait=False) as mine:
+        assert mine
+        run(places, "none", "--lr", "1e-3", "--seeds", "6")
+        assert "none-6: another process is at it" in capsys.readouterr().out
+    with other.claimed("none-6", wait=False) as mine:
+        assert mine
+    assert not (places / "logs" / "fashion" / "none-6.json").exists()
+
+
 def test_a_setting_that_diverges_loses(places, monkeypatch):
     def diverge(words):
         raise FloatingPointError("the loss of step 57 is not finite")
