@@ -10,8 +10,8 @@
 #   RATE=200                      training images/s of your GPU, for the hours printed at the start
 #   CODEC ENCODER ENCODER_WEIGHTS AUDIT      a VAE, the snippets' encoder, and an unrelated one to judge the images with
 # Memory    printed first; B/2 takes 20 bytes · 131M parameters = 2.6 GB, and about 8 GB for 64 images; an XL, such as
-#           GMem's, 17.9 GB with 8 images at once (estimate; measured 20.6 with 16, benchmarks/results/train-memory.json),
-#           and 1 GB while it decodes samples. python -m benchmarks.own tries all of this within 22 GiB a process: B/2 fits,
+#           GMem's, 17.7 GB with 8 images at once (H200, benchmarks/results/train-memory.json), and by estimate 1 GB more
+#           while it decodes samples. python -m benchmarks.own tries all of this within 22 GiB a process: B/2 fits,
 #           11.2 GB at most (H200, benchmarks/results/own-h200.json)
 # Disk      0.2 MB an image for pixels, 33 kB for latents; 2.1 GB a checkpoint of B/2, three at a time
 # Time      estimate: 30,000 · 128 images at 200/s = 5.3 hours. 200/s is 40% of an RTX 3090's 71 TFLOP/s (datasheet)
