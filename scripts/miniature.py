@@ -440,8 +440,8 @@ def call(command: ModuleType, words: Sequence[str]) -> str:
     torch.compiler.reset()
     began = time.perf_counter()
     command.main(list(words))
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     print(f"  {time.perf_counter() - began:.1f} s", flush=True)
     return line(command, words)
