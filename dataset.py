@@ -60,7 +60,7 @@ def read_meta(store: str | os.PathLike) -> dict:
     path = Path(store)
     if (path / META).is_file():
         meta = read_json(path / META)
-    elif path.is_dir():
+    elif (path / "latents.npy").is_file():
         meta = {"complete": False}
     else:
         raise ValueError(f"no store at {path}: `python -m scripts.encode_dataset SOURCE --out {path} …` makes one")

@@ -18,12 +18,13 @@ from torch import Tensor
 from memory.files import read_json, reading, sha256, weights_folder
 from models.hub import from_hub
 
+ROOT = Path(__file__).resolve().parents[1]
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs (Rombach et al., arXiv 2112.10752)
 DECODED_PIXELS = 2**22  # a VAE decodes this many pixels at a time (64 images of 256×256), to bound memory
 DECODED_PIXELS_GPU = 2**20  # and on a GPU these, so that cards of 16 GB suffice
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # the two files of diffusers' folder format
 MOST_LAYERS = 32  # in a block; Stable Diffusion's have 2
-REMEDY = "run `bash scripts/fetch.sh` where there is a network, or give any folder with the two files as the codec"
+REMEDY = "run `bash scripts/fetch.sh` where there is a network, or name any folder with the two files by --codec"
 
 
 class Codec(Protocol):
@@ -199,15 +200,17 @@ codecs: dict[str, Callable[..., Codec]] = {
 def load_codec(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, channels: int | None = None
 ) -> Codec:
-    """Make the codec called `name`: a key of `codecs`, a folder in diffusers' AutoencoderKL format, or a hub name
+    """Make the codec called `name`: a key of `codecs`, a folder in diffusers' AutoencoderKL format, from the working
+    directory or from this repository, so that what assets/ names is found anywhere, or a hub name
     (`organisation/repository`). A VAE computes in `dtype`; `channels` (1 or 3) is the pixel codec's image channels.
 
     Raises ValueError if the name is unknown or a file is missing, naming the file and where it was looked for.
     """
     if name in codecs:
         return codecs[name](name, device, dtype, channels)
-    if Path(name).is_dir():
-        return VAECodec(name, Path(name), device, dtype, scale=None)
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return VAECodec(name, folder, device, dtype, scale=None)
     if name.count("/") == 1 and all(name.split("/")):
         return hub_vae(name)(name, device, dtype, channels)
     raise ValueError(

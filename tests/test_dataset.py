@@ -142,6 +142,7 @@ def truncate(path):
     ("spoil", "message"),
     [
         (lambda store: shutil.rmtree(store), "no store at"),
+        (lambda store: [shutil.rmtree(store), store.mkdir()], "no store at .*encode_dataset SOURCE --out .* makes one"),
         (lambda store: (store / "meta.json").unlink(), "incomplete: run the same encode command again"),
         (lambda store: write_store(store, complete=False), "incomplete: run the same encode command again"),
         (lambda store: write_store(store, format=2), "format 2, this version reads up to 1"),
@@ -226,5 +227,5 @@ def test_stage_checks_the_disk_first_and_leaves_no_meta_behind(store, tmp_path, 
     with pytest.raises(ValueError, match="make room or choose another directory"):
         stage(store, tmp_path / "fast")
     assert not (tmp_path / "fast/store/meta.json").exists()
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(ValueError, match="no store at"):
         LatentDataset(tmp_path / "fast/store")
