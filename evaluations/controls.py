@@ -45,6 +45,7 @@ from memory.bank import MemoryBank, snippet_rules
 from memory.command import execute
 from memory.files import sha256, write_json
 from memory.provenance import provenance
+from models.kernels import fitting
 from samplers import SNIPPET_DRAW, noise, uniform
 
 DRAWN = 1024  # snippets drawn at once, since each takes the whole starting noise of its image
@@ -65,6 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
     args, began = parse(argv), time.perf_counter()

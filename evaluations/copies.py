@@ -39,6 +39,7 @@ from memory.files import atomic, write_json
 from memory.provenance import provenance
 from models.autoencoder import Codec, check_codec, latents_from_moments, load_codec, to_uint8
 from models.encoder import load_encoder
+from models.kernels import fitting
 
 THRESHOLD = 0.01  # share of held-out images within the distance that counts as a near copy
 MOST_HELD_OUT = 10_000  # held-out images that are searched for, evenly spread
@@ -69,6 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
     args, began = parse(argv), time.perf_counter()

@@ -25,6 +25,7 @@ from evaluations.samples import Samples
 from memory.command import execute
 from memory.files import remove_stale, write_json
 from memory.provenance import peak_memory, provenance
+from models.kernels import fitting
 
 ENOUGH = 10_000  # samples below which a distance says more about their number than about the model
 
@@ -82,6 +83,7 @@ def batch_size_of(args: argparse.Namespace, device: torch.device) -> int:
     return args.batch_size or (256 if device.type == "cuda" else 32)
 
 
+@fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
     args, began = parse(argv), time.perf_counter()

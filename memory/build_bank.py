@@ -30,6 +30,7 @@ from memory.command import execute
 from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
+from models.kernels import fitting
 
 FORMAT = 1  # of bank.json
 UNFINISHED = ".unfinished"  # beside a bank while it is written: the same command may replace what lies there
@@ -69,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@fitting("share the work among more GPUs by torchrun, or take a smaller --k")
 def main(argv: list[str] | None = None) -> None:
     """Build the bank that the command line asks for, or say that it exists."""
     args = parse(argv)

@@ -48,7 +48,7 @@ from memory.command import execute
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
-from models.kernels import default_precision
+from models.kernels import default_precision, fitting
 from scripts.images import UNREADABLE, square
 from scripts.sources import Source, open_source
 from scripts.store import PART, Job, Progress, Writer
@@ -107,6 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)

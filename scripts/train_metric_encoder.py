@@ -32,6 +32,7 @@ from memory.command import execute
 from memory.files import atomic, check_folder, write_json
 from memory.provenance import provenance
 from models.encoder import Encoder, load_encoder
+from models.kernels import fitting
 
 SIZE = 64  # pixels that it looks at: 32 enlarged, because the stem alone shrinks by 4
 PROJECTION = 128
@@ -142,6 +143,7 @@ def neighbour_accuracy(encoder: Encoder, store: LatentDataset, holdout: LatentDa
     return float((labels[nearest] == wanted).float().mean())
 
 
+@fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Check, train, write, and say what the features know."""
     args, began = parse(argv), time.perf_counter()

@@ -1,7 +1,9 @@
 """What the user can mend is one line and status 2; what we must mend keeps its traceback."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -90,6 +92,28 @@ def test_neither_the_source_nor_the_way_to_it_is_needed(tmp_path, monkeypatch):
         command.execute(lambda: exec(code, {"flag": True}))
     with pytest.raises(ValueError, match="three"):
         command.execute(lambda: exec(code, {"flag": False}))
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [
+        ("scripts.encode_dataset", "--batch-size"),
+        ("scripts.train_metric_encoder", "--batch-size"),
+        ("memory.build_bank", "--k"),
+        ("evaluations.evaluator", "--batch-size"),
+        ("evaluations.controls", "--batch-size"),
+        ("evaluations.copies", "--batch-size"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_an_error_with_a_remedy(module, remedy, monkeypatch, capsys):
+    def fill(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    module = importlib.import_module(module)
+    monkeypatch.setattr(module, "parse", fill)
+    with pytest.raises(SystemExit):
+        command.execute(module.main)
+    assert re.fullmatch(rf"error: the GPU's memory is too small.*{remedy}.*\n", capsys.readouterr().err)
 
 
 def test_ctrl_c_is_no_traceback(capsys):
