@@ -164,7 +164,7 @@ def check(trainer: train.Trainer, plain: nn.Module) -> dict[str, float]:
     with torch.autocast(trainer.device.type, precision, enabled=precision is not None):
         paths = {"plain": step(plain, plain)}
     plain.zero_grad(set_to_none=True)
-    with fast_attention(trainer.device):
+    with fast_attention(trainer.device, trainer.network.pos_embed.shape[1]):
         paths["train.py"] = step(fast, trainer.network, warm_steps(trainer))
     trainer.model, errors = fast, {}
     for name, (its_loss, its_gradients) in paths.items():
@@ -317,7 +317,7 @@ def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumu
             images = accumulated or 2 * micro
             trainer = make_trainer(folder, model, images, ["--micro-batch", str(micro), *more])
             trainer.prepare()
-            with fast_attention(trainer.device):
+            with fast_attention(trainer.device, trainer.network.pos_embed.shape[1]):
                 row |= timed(trainer, images, steps)
             row["images_per_second"] = images / row["seconds_a_step"]
         except torch.OutOfMemoryError:
@@ -426,7 +426,7 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
         if batch in linear:
             rows[-1]["share_of_linear"] = rows[-1]["images_per_second"] / linear[batch]
 
-    with fast_attention(device):
+    with fast_attention(device, plain.pos_embed.shape[1]):
         for batch in args.batches:
             if world > 1:
                 use(trainer, alone)
