@@ -12,6 +12,8 @@ from pathlib import Path
 from memory.command import execute
 from memory.files import atomic, read_json
 
+RESULTS = {"controls": ("samples", "references", "rows"), "copies": ("samples", "spaces")}  # keys of their JSON files
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command."""
@@ -27,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the page and print it."""
     args = parse(argv)
-    controls, copies = (read_json(path) for path in (args.controls, args.copies))
+    controls, copies = read_result("controls", args.controls), read_result("copies", args.copies)
     if controls["samples"]["made"] != copies["samples"]["made"]:
         raise ValueError(f"{args.controls} and {args.copies} are about different samples; run both for the same ones")
     bank = read_json(args.bank / "bank.json")
@@ -45,6 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     with atomic(args.out) as temporary:
         temporary.write_text(page.rstrip() + "\n")
     print(page)
+
+
+def read_result(command: str, path: Path) -> dict:
+    """What a command of evaluations wrote; ValueError if the file is another's."""
+    result = read_json(path)
+    lacking = [key for key in RESULTS[command] if key not in result]
+    if lacking:
+        raise ValueError(f"--{command} {path} is no result of evaluations.{command}: it has no {', '.join(lacking)}")
+    return result
 
 
 def table(rows: list[dict[str, str]]) -> str:

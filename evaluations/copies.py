@@ -80,7 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     samples = Samples(args.samples, args.num_samples)
     side = store.meta["image_size"]
     if samples.images.size != (side, side):
-        raise ValueError(f"{samples.path}: its images are {samples.images.size}, those of {args.store} {(side, side)}")
+        raise ValueError(
+            f"{samples.path}: its images are {samples.images.size}, those of {args.store} {(side, side)}; "
+            "name the store that their network was trained on"
+        )
     codec = load_codec(args.codec or store.codec["name"], state.device, channels=store.codec["image_channels"])
     check_codec(codec.meta(side), store.codec, f"the store {args.store}")
     spaces: list[Space] = [LatentSpace(store.codec, codec)]

@@ -366,6 +366,9 @@ def test_control_rows_and_the_card(sampled, store, bank, weights, capsys, tmp_pa
     (tmp_path / "copies.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different samples"):
         card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
+    names[1], names[3] = names[3], names[1]
+    with pytest.raises(ValueError, match=r"--controls .* is no result of evaluations\.controls: it has no references"):
+        card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
 
 
 def test_two_processes_score_the_rows_that_one_scores(sampled, store, bank, weights):
