@@ -581,9 +581,11 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     local = args.batch_size // processes
     micro = args.micro_batch or local
     parts = local // micro
-    # In bytes; an XL in bf16 took 20.6, 25.9 and 58.4 GB of an H200 at 16, 32 and 128 images: 41 a block, and 1.5 GB.
-    kept = 6 * depth + 41 if args.checkpoint_activations else 41 * depth
+    # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block and
+    # 20 around them, and the weights' bf16 copies wait for the backward pass; checkpointed, 6 a block and one block whole.
+    kept = (6 * depth + 41 if args.checkpoint_activations else 41 * depth) + 20
     activations = kept * tokens * width * micro
+    bytes_a_weight = 20 if args.checkpoint_activations else 22
     images = args.steps * args.batch_size
     if "store" in facts:
         images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
@@ -592,8 +594,8 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
         f"parameters        {count:,}",
         f"images            {images}",
         f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
-        f"memory a process  {20 * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
-        f"{activations / 1e9:.2f} GB of activations + 1.5 GB of work space (estimate)",
+        f"memory a process  {bytes_a_weight * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
+        f"{activations / 1e9:.2f} GB of activations (estimate)",
         f"disk              {16 * count / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
         f"{4 * count / 1e9:.2f} GB a snapshot; {free_space(args.out) / 1e9:.1f} GB are free",
     ]

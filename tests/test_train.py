@@ -461,7 +461,7 @@ def test_dry_run_counts_what_checkpointed_activations_save(folder, capsys):
     for more in ([], ["--checkpoint-activations"]):
         train.main([*words, *more])
         sizes.append(float(re.search(r"([\d.]+) GB of activations", capsys.readouterr().out)[1]))
-    assert sizes[1] == pytest.approx(sizes[0] * (6 * 12 + 41) / (41 * 12), rel=0.05)
+    assert sizes[1] == pytest.approx(sizes[0] * (6 * 12 + 61) / (41 * 12 + 20), rel=0.001)
 
 
 def test_the_disk_need_not_hold_more_checkpoints_than_are_written(folder, monkeypatch):
@@ -474,13 +474,16 @@ def test_the_disk_need_not_hold_more_checkpoints_than_are_written(folder, monkey
 
 def test_dry_run_estimates_the_memory_that_was_measured(folder, capsys, root):
     rows = json.loads((root / "benchmarks" / "results" / "train-memory.json").read_text())["rows"]
-    measured = next(row for row in rows if row.get("peak_gb") and not row["checkpoint_activations"])
-    words = ["--store", folder / "nowhere", "--bank", folder / "nowhere", "--out", folder / "dry", "--dry-run"]
-    words += ["--model", measured["model"], "--micro-batch", measured["micro_batch"]]
-    with pytest.raises(SystemExit):
-        train.main([*map(str, words)])
-    line = re.search("memory a process.*", capsys.readouterr().out)[0]
-    assert sum(map(float, re.findall(r"([\d.]+) GB", line))) == pytest.approx(measured["peak_gb"], rel=0.1)
+    measured = [row for row in rows if row.get("peak_gb")]
+    assert {row["model"] for row in measured} == {"SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"}
+    for row in measured:
+        words = ["--store", folder / "nowhere", "--bank", folder / "nowhere", "--out", folder / "dry", "--dry-run"]
+        words += ["--model", row["model"], "--micro-batch", row["micro_batch"]]
+        words += ["--checkpoint-activations"] * row["checkpoint_activations"]
+        with pytest.raises(SystemExit):
+            train.main([*map(str, words)])
+        line = re.search("memory a process.*", capsys.readouterr().out)[0]
+        assert sum(map(float, re.findall(r"([\d.]+) GB", line))) == pytest.approx(row["peak_gb"], rel=0.03)
 
 
 def test_dry_run_before_the_data_exists(folder, capsys):
