@@ -581,8 +581,8 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     local = args.batch_size // processes
     micro = args.micro_batch or local
     parts = local // micro
-    # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block and
-    # 20 around them, and the weights' bf16 copies wait for the backward pass; checkpointed, 6 a block and one block whole.
+    # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block,
+    # 20 around them, and bf16 copies of the weights until the backward pass; checkpointed, 6 a block, one block whole.
     kept = (6 * depth + 41 if args.checkpoint_activations else 41 * depth) + 20
     activations = kept * tokens * width * micro
     bytes_a_weight = 20 if args.checkpoint_activations else 22

@@ -14,6 +14,7 @@ SOURCE = """
 import os, signal
 from datetime import timedelta
 from scripts.stop import StopSignal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with StopSignal(timedelta(seconds=1)) as stop:
     {inside}
     stop.agreed()
