@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memory.files import atomic, read_json, sha256, write_json
+from memory.files import atomic, read_json, sha256, why_unreadable, write_json
 from memory.kmeans import assign, normalised, ordered_sum, refuse, undirected
 
 ROWS = 65536  # features brought to the bank's device at once
@@ -220,8 +220,9 @@ def _read(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of every kind, whatever is wrong with the file
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is cut short or no file of torch.save with plain values: {reason}") from error
+        raise ValueError(
+            f"{path} cannot be read as a torch.save file of plain values: {why_unreadable(error)}"
+        ) from error
 
 
 def _describe(value: object) -> str:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -99,6 +100,16 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
         kind = f"{type(error).__name__}: " if terse else ""
         reason = kind + " ".join(str(error).split())[:300]
         raise ValueError(f"{source}: {reason}; was it cut short or damaged? make or copy it again") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a torch file could not be read, in one line, without torch's advice to load it unsafely."""
+    reason = " ".join(str(error).split())
+    inner = pickle.UnpicklingError | LookupError | AttributeError | TypeError | EOFError | MemoryError
+    if not isinstance(error, inner) and "weights_only" not in reason:
+        return reason[:300]
+    found = re.search(r"(?:GLOBAL|globals:) ([\w.]*\w)", reason)
+    return f"it holds {found[1]}, which may run code" if found else "it is cut short, or of another format"
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
-from memory.files import sha256, weights_folder
+from memory.files import sha256, weights_folder, why_unreadable
 from models.hub import COMMITS, absent, from_hub
 
 HUB_FILE = "model.safetensors"  # of timm's repositories
@@ -199,7 +199,7 @@ def read_weights(name: str, recipe: Recipe, weights: Path) -> dict[str, Tensor]:
         state = load_state_dict(weights, weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"encoder {name!r}: {weights} is no readable weights file (.pth or .safetensors): {error}"
+            f"encoder {name!r}: {weights} is no readable weights file (.pth or .safetensors): {why_unreadable(error)}"
         ) from error
     names = timm.create_model(recipe.model).state_dict()
     if recipe.package and state.keys() != names.keys() and len(state) == len(names):

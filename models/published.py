@@ -12,7 +12,6 @@ this project's names already, because it kept the published ones.
 
 import argparse
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory.files import weights_folder
+from memory.files import weights_folder, why_unreadable
 from models.autoencoder import SD_SCALE
 from models.hub import from_hub
 from models.sit import SiT_models, TimestepEmbedder
@@ -96,10 +95,7 @@ def read_file(path: Path, allowed: Sequence[object] = ALLOWED) -> object:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load the file unsafely
-            found = re.search(r"GLOBAL (\S+)", reason)
-            reason = f"it holds {found[1]}, which may run code" if found else "it is cut short, or of another format"
+        reason = why_unreadable(error)
         raise ValueError(f"checkpoint {path} cannot be read as a torch.save file of plain values: {reason}") from error
 
 

@@ -187,7 +187,7 @@ def test_a_truncated_file_is_named(tmp_path):
     whole = (tmp_path / "bank.pth").read_bytes()
     for size in (0, 100, len(whole) - 50):
         (tmp_path / "bank.pth").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"bank.pth is cut short or no file of torch.save"):
+        with pytest.raises(ValueError, match=r"bank.pth cannot be read as a torch.save file of plain values"):
             MemoryBank.load(tmp_path)
 
 

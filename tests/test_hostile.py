@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from benchmarks import fuzz
+from memory.bank import MemoryBank
 from memory.files import reading
+from models.encoder import load_encoder
+from models.published import read_file
 
 CASES = 8  # of each reader
 # Cases that once ended inside a library, or did not end.
@@ -96,3 +99,19 @@ def test_reading_names_the_file(error):
 def test_reading_lets_an_interrupt_through():
     with pytest.raises(KeyboardInterrupt), reading("some.npz"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "load",
+    [MemoryBank.load, read_file, lambda path: load_encoder("test_vit", path)],
+    ids=["bank", "checkpoint", "encoder"],
+)
+def test_nobody_is_advised_to_load_what_may_run_code(load, tmp_path):
+    torch.save([1], tmp_path / "bank.freq")
+    for value, reason in ((tmp_path, "it holds pathlib.PosixPath, which may run code"), (None, "it is cut short")):
+        torch.save(value, tmp_path / "bank.pth")
+        if value is None:
+            (tmp_path / "bank.pth").write_text("text")
+        with pytest.raises(ValueError, match=rf"bank\.pth .*{reason}") as refusal:
+            load(tmp_path / "bank.pth")
+        assert "weights_only" not in str(refusal.value)
