@@ -3,16 +3,22 @@
 # TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu takes PyTorch's CPU build, a fraction of the download.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    source .venv/bin/activate
-fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait must not steal time on a busy machine
-python - <<'EOF'
+new_enough() { # new_enough PYTHON: leave if it is not
+    "$1" - <<'EOF'
 import sys
 if sys.version_info < (3, 11):
     sys.exit(f"Python {sys.version.split()[0]}: this project needs 3.11 or newer")
 EOF
+}
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+    if [ ! -x .venv/bin/pip ]; then # which Debian leaves out where python3-venv is missing
+        new_enough python3 # else an environment would stay that no later run could use
+        python3 -m venv .venv
+    fi
+    source .venv/bin/activate
+fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait must not steal time on a busy machine
+new_enough python
 
 install() { # pip leaves alone what is there already, without asking the network
     if ! python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'; then

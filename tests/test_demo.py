@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 
+import pytest
 from PIL import Image
 
 from memory.files import sha256
@@ -36,3 +38,20 @@ def test_demo(root, tmp_path):
         2 * 32 + 8,
     )  # 8 pairs, zoom 2, frames 4
     assert len(list((out / "samples" / "4-steps" / "euler").glob("0*.png"))) == 8
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_an_environment_is_made_by_a_python_that_can_use_it(new, root, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(root / "scripts" / "setup.sh", tmp_path / "scripts")
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    made = "mkdir -p .venv/bin && touch .venv/bin/activate && ln -s ../../bin/python3 .venv/bin/pip"
+    python.write_text(f'#!/bin/sh\n[ "$1" != - ] || exit {int(not new)}\n[ "$2" != venv ] || {{ {made}; }}\n')
+    python.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to("python3")
+    shell = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    for _ in range(2):
+        done = subprocess.run(["bash", "-euc", "source scripts/setup.sh"], cwd=tmp_path, env=shell, check=False)
+        assert done.returncode == int(not new)
+        assert (tmp_path / ".venv").exists() == new
