@@ -198,8 +198,10 @@ class Trainer:
         if args.batch_size % processes:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {processes} processes")
         if self.local_batch % self.micro_batch:
+            fits = next(size for size in range(self.micro_batch, 0, -1) if self.local_batch % size == 0)
             raise ValueError(
-                f"--micro-batch {self.micro_batch} does not divide the {self.local_batch} images of a process"
+                f"--micro-batch {self.micro_batch} does not divide the {self.local_batch} images of a process; "
+                f"{fits} does"
             )
 
         torch.manual_seed(args.seed)
@@ -571,7 +573,10 @@ def missing(args: argparse.Namespace) -> list[str]:
     for flag in ("bank", "align_encoder_weights") if begun else ("bank", "align_encoder_weights", "init"):
         if getattr(args, flag):
             wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
-    return [f"{flag}: {path} does not exist" for flag, path in wanted.items() if not path.exists()]
+    makers = {"--store": "scripts.encode_dataset", "--holdout": "scripts.encode_dataset", "--bank": "memory.build_bank"}
+    remedies = {flag: f"; `python -m {maker}` makes it" for flag, maker in makers.items()}
+    absent = [(flag, path) for flag, path in wanted.items() if not path.exists()]
+    return [f"{flag}: {path} does not exist{remedies.get(flag, '; give the path of a file')}" for flag, path in absent]
 
 
 def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:

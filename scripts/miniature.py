@@ -386,10 +386,16 @@ class Miniature:
 
     def control(self, arm: str, bank: Path | None, samples: Path) -> None:
         """Add what real images score to controls.json: random and held-out ones, and those nearest to the snippets."""
+        if bank is not None and ARMS[arm].features == ENCODER and "+" not in ARMS[arm].condition:
+            with self.claimed("controls", wait=True):
+                self.add_controls(arm, bank, samples)
+
+    def add_controls(self, arm: str, bank: Path, samples: Path) -> None:
+        """`control`, by the one process that may write them."""
         path = self.logs / "controls.json"
         known = read_json(path) if path.is_file() else {"rows": {}}
         title = f"nearest training images of the snippets ({arm})"
-        if bank is None or title in known["rows"] or ARMS[arm].features != ENCODER or "+" in ARMS[arm].condition:
+        if title in known["rows"]:
             return
         out = samples / "controls.json"
         words = [str(self.store), str(samples), "--store", str(self.store), "--bank", str(bank), "--out", str(out)]

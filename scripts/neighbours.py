@@ -45,6 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error(f"--count {args.count}: expected at least 1")
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: expected a name that ends in .png")
     return args
 
 

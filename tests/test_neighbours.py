@@ -47,6 +47,8 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
     words = ["--among", str(tmp_path), "--out", str(tmp_path / "pairs.png")]
     with pytest.raises(SystemExit):
         neighbours.parse(["x.npz", *words, "--count", "0"])
+    with pytest.raises(SystemExit):
+        neighbours.parse(["x.npz", *words[:-1], str(tmp_path / "pairs")])
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     words[1] = str(tmp_path / "few.npz")
     with pytest.raises(ValueError, match=r"wide\.npz: its images are \(4, 6\), expected squares"):

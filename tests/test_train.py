@@ -544,8 +544,8 @@ def test_replayed_inputs_keep_their_structure():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--store", "nowhere"], "--store: nowhere/meta.json does not exist"),
-        (["--batch-size", "9", "--micro-batch", "2"], "does not divide"),
+        (["--store", "nowhere"], "--store: nowhere/meta.json does not exist; `python -m scripts.enc"),
+        (["--batch-size", "9", "--micro-batch", "5"], "does not divide the 9 images of a process; 3 does"),
         (["--align-coeff", "0.5"], "needs patch tokens"),
         (["--encoder", "other"], "made by encoder toy"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist"),
