@@ -9,7 +9,7 @@
 #   IMAGES=1000 EVALUATIONS=250   samples at the end, by the SDE
 #   RATE=200                      training images/s of your GPU, for the hours printed at the start
 #   CODEC ENCODER ENCODER_WEIGHTS AUDIT      a VAE, the snippets' encoder, and an unrelated one to judge the images with
-# Memory    printed first; B/2 takes 20 bytes · 131M parameters = 2.6 GB, and about 8 GB for 64 images; an XL, such as
+# Memory    printed first; B/2 takes 22 bytes · 131M parameters = 2.9 GB, and 6.4 GB for 64 images; an XL, such as
 #           GMem's, 17.7 GB with 8 images at once (H200, benchmarks/results/train-memory.json), and by estimate 1 GB more
 #           while it decodes samples. python -m benchmarks.own tries all of this within 22 GiB a process: B/2 fits,
 #           11.2 GB at most (H200, benchmarks/results/own-h200.json)

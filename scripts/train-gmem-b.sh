@@ -3,7 +3,7 @@
 #   bash scripts/train-gmem-b.sh [flags of train.py]
 # Variables: as for train-gmem-xl.sh.
 # Hardware  one GPU of 24 GB or more
-# Memory    a GPU: 20 bytes · 131M parameters = 2.6 GB, and activations; the flag --dry-run prints an estimate
+# Memory    a GPU: 22 bytes · 131M parameters = 2.9 GB, and activations; the flag --dry-run prints an estimate
 # Disk      16 · 131M = 2.1 GB a checkpoint, three at a time; 0.5 GB a snapshot every 50,000 steps
 # Time      estimate from the H200 of train-gmem-xl.sh by the multiplications of an image (SiT's paper: 23.0 and 118.6
 #           billion): 1 / (23.0 / 118.6 / 523 + 1/8,009) = 2,020 images/s with the encoder;
