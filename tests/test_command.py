@@ -153,7 +153,7 @@ def test_under_torchrun_one_process_speaks_and_the_report_ends_with_its_line(roo
     words += ["train.py", "--store", "nowhere", "--out", tmp_path / "run", "--condition", "none", "--model", "SiT-Ti/2"]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1  # torchrun's
-    line = "error: --store: nowhere/meta.json does not exist"
+    line = "error: --store: nowhere/meta.json does not exist; `python -m scripts.encode_dataset` makes it"
     lines = done.stderr.splitlines()
     assert lines.count(line) == 1
     assert lines[-2].strip() == f"traceback : {line}"
