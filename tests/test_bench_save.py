@@ -8,7 +8,7 @@ import train
 from benchmarks import bench_save
 
 
-def test_saving_is_timed(tmp_path, monkeypatch):
+def test_saving_is_timed(tmp_path, monkeypatch, capsys):
     saved, save = [], train.Trainer.save
 
     def watch(trainer):
@@ -21,6 +21,7 @@ def test_saving_is_timed(tmp_path, monkeypatch):
     bench_save.main(words)
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["bytes"] == saved[-1][0]
+    assert capsys.readouterr().out.count(f"{result['bytes'] / 1e9:.2f} GB saved in") == 2
     assert len(saved) == len(result["save_seconds"]) == 2
     assert saved[0][1] > 70, "moments of all parameters"
     assert not list((tmp_path / "work").iterdir())

@@ -545,7 +545,7 @@ def test_replayed_inputs_keep_their_structure():
     ("words", "message"),
     [
         (["--store", "nowhere"], "--store: nowhere/meta.json does not exist; `python -m scripts.enc"),
-        (["--batch-size", "9", "--micro-batch", "5"], "does not divide the 9 images of a process; 3 does"),
+        (["--batch-size", "9", "--micro-batch", "4"], "does not divide the 9 images of a process; 3 does"),
         (["--align-coeff", "0.5"], "needs patch tokens"),
         (["--encoder", "other"], "made by encoder toy"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist"),
