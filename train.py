@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sample-every", type=int, default=5_000, help="steps between grids of samples; 0 never")
     add("--codec", help="where the store's codec lies now, to decode the grids; by its own name if not given")
     add("--stage", metavar="DIR", help="copy the store to this fast disk first, sequentially, and read it there")
-    add("--resident", action="store_true", help="keep store and bank on the GPU (21 GB for 1.28M images in one view)")
+    add("--resident", action="store_true", help="keep all that steps read on the GPU (latents of 1.28M images: 21 GB)")
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")

@@ -14,17 +14,24 @@ class ResidentDataset:
     """The arrays of a `LatentDataset` on a device, fetched by the same addresses with the same bits.
 
     Raises:
-        ValueError: the store holds patch tokens or images that are asked for (too large to stay), or more than fits.
+        ValueError: what is asked for of the store is more than fits.
     """
 
     def __init__(self, store: LatentDataset, device: torch.device):
-        if store.patches is not None or store.images is not None:
-            raise ValueError("--resident: patch tokens and images of --align-coeff stay on disk; leave --resident out")
         self.device, self.num_views, self.length = device, store.num_views, len(store)
-        arrays = {"moments": store.latents, "feature": store.features, "index": store.assignment}
+        arrays = {
+            "moments": store.latents,
+            "feature": store.features,
+            "index": store.assignment,
+            "patches": store.patches,
+            "image": store.images,
+        }
         arrays = {key: array for key, array in arrays.items() if array is not None}
         self._check_memory(store, sum(array.nbytes for array in arrays.values()))
-        self.arrays = {key: self._load(array) for key, array in arrays.items()}  # (N·V, ...) each
+        arrays = {key: self._load(array) for key, array in arrays.items()}
+        self.images = arrays.pop("image", None)  # (N, c, H, W): kept once, mirrored when fetched
+        self.mirrored = torch.tensor([view == "mirrored" for view in store.meta["views"]], device=device)  # (V,)
+        self.arrays = {key: array.flatten(0, 1) for key, array in arrays.items()}  # (N·V, ...) each
         self.labels = torch.from_numpy(np.array(store.labels)).to(device)  # (N,)
 
     def _check_memory(self, store: LatentDataset, needed: int) -> None:
@@ -37,12 +44,17 @@ class ResidentDataset:
                 )
 
     def _load(self, array: np.ndarray) -> Tensor:
-        """(N, V, ...) on disk to (N·V, ...) on the device, a part at a time."""
-        rows = max(1, CHUNK // array[0].nbytes)
-        whole = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=self.device)
+        """An array on disk to the device, read once from front to back through one buffer of CHUNK bytes."""
+        rows = min(len(array), max(1, CHUNK // array[0].nbytes))
+        buffer = torch.from_numpy(np.empty((rows, *array.shape[1:]), array.dtype))
+        if self.device.type == "cuda":
+            buffer = buffer.pin_memory()
+        whole = torch.empty(array.shape, dtype=buffer.dtype, device=self.device)
         for start in range(0, len(array), rows):
-            whole[start : start + rows] = torch.from_numpy(np.array(array[start : start + rows]))
-        return whole.flatten(0, 1)
+            part = buffer[: len(array) - start]
+            np.copyto(part.numpy(), array[start : start + rows])
+            whole[start : start + rows] = part
+        return whole
 
     def __len__(self) -> int:
         return self.length
@@ -53,6 +65,9 @@ class ResidentDataset:
         batch = {key: array[places] for key, array in self.arrays.items()}
         if "index" in batch:
             batch["index"] = batch["index"].long()
+        if self.images is not None:
+            images, mirrored = self.images[rows], self.mirrored[places % self.num_views]
+            batch["image"] = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return {"label": self.labels[rows], **batch}
 
     def __getitem__(self, address: tuple[int, np.ndarray, np.ndarray]) -> dict[str, int | Tensor]:

@@ -22,7 +22,7 @@ import train
 from benchmarks import chaos
 from dataset import LatentDataset, rows_of_step, views_of_step
 from loss import Draws
-from memory import pairs
+from memory import pairs, resident
 from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.resident import ResidentDataset
@@ -350,7 +350,8 @@ def test_ema_follows_its_warm_up(folder):
 
 @pytest.mark.parametrize("source", ["stored", "online"])
 def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
-    """Patch tokens from the store, and from an encoder on its images, which are mirrored where the latent is."""
+    """Patch tokens from the store, and from an encoder on its images, which are mirrored where the latent is; read by
+    the step or resident, with the same log and weights."""
     store = folder / f"aligned-{source}"
     write_bank(folder / f"bank-{source}", write_store(store))
     meta = json.loads((store / "meta.json").read_text())
@@ -376,14 +377,19 @@ def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
     seen = []
     align = train.Pairs.align_targets
     monkeypatch.setattr(train.Pairs, "align_targets", lambda self, batch: seen.append(align(self, batch)) or seen[-1])
-    words = command(folder, folder / f"run-{source}", "--steps", 3, "--align-coeff", 0.5, "--align-encoder", "toy")
-    words[1:4:2] = [str(store), str(folder / f"bank-{source}")]
-    train.main([*words, "--model-options", "align_depth=3"])
+    for how, flags in (("run", []), ("resident-run", ["--resident"])):
+        out = folder / f"{how}-{source}"
+        words = command(folder, out, "--steps", 6, "--align-coeff", 0.5, "--align-encoder", "toy", *flags)
+        words[1:4:2] = [str(store), str(folder / f"bank-{source}")]
+        train.main([*words, "--model-options", "align_depth=3"])
     for step, (target,) in enumerate(seen):
-        rows, views = rows_of_step(IMAGES, 8, 0, step), views_of_step(8, VIEWS, 0, step)
+        rows, views = rows_of_step(IMAGES, 8, 0, step % 6), views_of_step(8, VIEWS, 0, step % 6)
         assert torch.equal(target.float(), torch.from_numpy(tokens[rows, views]).float())
-    assert len(seen) == 3
-    assert {"velocity", "align"} <= log(folder / f"run-{source}")[0].keys()
+    assert len(seen) == 2 * 6
+    assert {"velocity", "align"} <= log(out)[0].keys()
+    assert log(folder / f"run-{source}") == log(out)
+    for part in ("model", "ema", "opt"):
+        assert_same(final(folder / f"run-{source}")[part], final(out)[part])
 
 
 def test_a_finished_run_is_left_alone(folder, whole, capsys):
@@ -515,6 +521,29 @@ def test_a_resident_store_gives_the_same_bits(folder, source):
     assert_same(final(folder / f"loader-{source}")["ema"], final(folder / f"resident-{source}")["ema"])
 
 
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_a_resident_store_fetches_what_the_store_does(tmp_path, monkeypatch, num_views):
+    """Every key, shape, type and bit, brought in parts of which the last is short."""
+    path, random = write_store(tmp_path / "store"), np.random.default_rng(5)
+    (path / "patches").mkdir()
+    np.save(path / "patches" / "toy.npy", random.normal(size=(IMAGES, num_views, 16, 4)).astype(np.float16))
+    np.save(path / "images.npy", random.integers(0, 256, (IMAGES, 1, 8, 8), dtype=np.uint8))
+    for file in ("latents.npy", "features/toy.npy"):
+        np.save(path / file, np.load(path / file)[:, :num_views])
+    meta = json.loads((path / "meta.json").read_text())
+    meta |= {"patches": {"toy": [16, 4]}, "has_images": True}
+    meta |= {"num_views": num_views, "views": meta["views"][:num_views]}
+    write_json(path / "meta.json", meta)
+    assignment = random.integers(0, 9, (IMAGES, num_views), dtype=np.int32)
+    store = LatentDataset(path, encoder="toy", assignment=assignment, patches="toy", images=True)
+    monkeypatch.setattr(resident, "CHUNK", 7 * store.latents[0].nbytes)
+    held = ResidentDataset(store, torch.device("cpu"))
+    rows, views = random.integers(0, IMAGES, 64), random.integers(0, num_views, 64)
+    assert_same(held[3, rows, views], store[3, rows, views])
+    for key, values in store.fetch(rows, views).items():
+        assert (held.fetch(rows, views)[key].dtype, held.fetch(rows, views)[key].shape) == (values.dtype, values.shape)
+
+
 def test_checkpointed_activations_give_the_same_bits(folder, whole, monkeypatch):
     calls, checkpoint = [], sit.checkpoint
     monkeypatch.setattr(sit, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
@@ -527,6 +556,17 @@ def test_a_store_too_large_for_the_gpu_is_not_resident(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     with pytest.raises(ValueError, match=r"--resident: the store .*store takes 0.0 GB .* leave --resident out"):
         ResidentDataset(LatentDataset(folder / "store"), torch.device("cuda"))
+
+
+def test_patch_tokens_and_images_count_for_what_fits(folder, monkeypatch):
+    """A store whose latents would fit alone, in half of the free memory."""
+    store = LatentDataset(folder / "store")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * store.latents.nbytes, 1))
+    for name in ("patches", "images"):
+        large = LatentDataset(folder / "store")
+        setattr(large, name, np.zeros((2, store.latents.nbytes), np.uint8))
+        with pytest.raises(ValueError, match="leave --resident out"):
+            ResidentDataset(large, torch.device("cuda"))
 
 
 def test_replayed_inputs_keep_their_structure():
