@@ -408,7 +408,7 @@ def encode(images: Tensor, job: Job, codec: Codec | None, encoder: Encoder | Non
         tokens = f"patches/{encoder.name}.npy"
         features = encoder(pixels, return_patches=tokens in job.files)
         if tokens in job.files:
-            features, outputs[tokens] = features[0], features[1].half()
+            features, outputs[tokens] = features[0], features[1].half().contiguous()  # not on the host
         outputs[f"features/{encoder.name}.npy"] = features.half()
     outputs = {file: values.unflatten(0, (len(images), -1)) for file, values in outputs.items()}  # (B, V, …)
     outputs["images.npy"] = images
