@@ -34,7 +34,7 @@ import torch
 
 import sample_ddp
 import train
-from dataset import LatentDataset, read_meta
+from dataset import PROGRESS, LatentDataset, read_meta
 from evaluations import controls, copies, evaluator
 from memory import build_bank
 from memory.bank import MemoryBank
@@ -47,9 +47,9 @@ from scripts import derive_features, encode_dataset, make_glyphs, train_metric_e
 ENCODER, METRIC = "efficientnet-lite0", "regnetx_002@64"  # of the snippets, and of the score
 CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6, 36)  # searched: learning rate, factor on the condition
-ALIGN = ("--align-coeff", "0.5", "--align-encoder", f"{ENCODER}@256")  # 8 × 8 patches, as many as the network's tokens
+ALIGN = f"{ENCODER}@256"  # of the alignment: 8 × 8 patches, as many as the network has tokens; 164 kB of them an image
 SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
-UNTIL = 2_000  # steps that are trained before the first score, because every start compiles
+SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
 AUDITED = ("near_copies", "near_copies_held_out", "excess", "standard_error", "authenticity", "authenticity_held_out")
 HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
@@ -83,7 +83,7 @@ class Arm:
     share: float = 0.1  # rows of the bank by training images; 1 keeps every feature, and trains on the image's own
     passes: int = 5  # of k-means; 0 takes random rows
     options: tuple[str, ...] = ()  # of the network
-    words: tuple[str, ...] = ()  # of train.py
+    aligned: bool = False  # with the alignment term
     like: str | None = None  # the arm whose search it shares
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # other ways to sample its last checkpoint
 
@@ -97,15 +97,15 @@ ARMS = {
     "label": Arm("label", variants=GUIDED | SAMPLERS),
     "nearest-10": Arm(variants=SAMPLERS | DRAWS),
     "own": Arm(share=1, variants=SAMPLERS | DRAWS),
-    "label-align": Arm("label", words=ALIGN, like="label"),
-    "nearest-10-align": Arm(words=ALIGN, like="nearest-10"),
+    "label-align": Arm("label", aligned=True, like="label"),
+    "nearest-10-align": Arm(aligned=True, like="nearest-10"),
     "rows-10": Arm(passes=0, like="nearest-10"),
     "random": Arm(features="random", share=1, like="own"),
     "class-mean": Arm(features="class-mean", share=1, like="own"),
     "nearest-1": Arm(share=0.01, like="nearest-10"),
     "nearest-50": Arm(share=0.5, like="nearest-10"),
     "label+nearest-10": Arm("label+snippet", like="nearest-10"),
-    "label+nearest-10-align": Arm("label+snippet", words=ALIGN, like="nearest-10"),
+    "label+nearest-10-align": Arm("label+snippet", aligned=True, like="nearest-10"),
     "dropout-0": Arm(options=("snippet_dropout=0",), like="nearest-10"),
     "dropout-40": Arm(options=("snippet_dropout=0.4",), like="nearest-10"),
 }
@@ -186,6 +186,13 @@ class Miniature:
             call(train_metric_encoder, [*words, "--steps", "2000"])
         if METRIC not in read_meta(self.store)["encoders"]:
             call(encode_dataset, [str(self.source()), *encode, "--add", METRIC, *self.metric[2:]])
+        if (self.store / PROGRESS).is_dir():  # cut off, and to be ended before features of other arms are added
+            self.add_patches()
+
+    def add_patches(self) -> None:
+        """Add the alignment's patch tokens to the store: by the one process that may write to it."""
+        words = ["--out", str(self.store), "--batch-size", "512", "--add", ALIGN, "--patches"]
+        call(encode_dataset, [str(self.source()), *words])
 
     def source(self) -> Path:
         """The images as they come: glyphs, rendered if they are not there, or Debian's Fashion-MNIST."""
@@ -200,7 +207,7 @@ class Miniature:
 
     def bank(self, arm: Arm) -> Path:
         """The bank that an arm draws from, built if it is not there."""
-        with self.claimed("banks", wait=True):
+        with self.claimed("data", wait=True):  # the features of some arms are added to the store
             return self.built(arm)
 
     def built(self, arm: Arm) -> Path:
@@ -241,7 +248,7 @@ class Miniature:
         return lr, scale
 
     def run(self, arm: str, seed: int, lr: float, scale: float | None) -> None:
-        """Train and score by turns; write the log after every part, and do no part that it has."""
+        """Train, then score each point; write the log after every part, and do no part that it has."""
         args, began = self.args, time.perf_counter()
         name = f"search/{arm}-lr{lr:g}-scale{scale or 0:g}" if args.search else f"{arm}-{seed}"
         path, samples = self.logs / f"{name}.json", args.root / "samples" / args.dataset / name
@@ -267,14 +274,14 @@ class Miniature:
 
         words = [*self.training(arm, bank, lr, scale), "--out", str(folder), "--seed", str(seed)]
         words += [f"--{what}-every={math.gcd(*points)}" for what in ("snapshot", "eval")]
-        words += [f"--log-every={min(math.gcd(*points), 100)}", f"--save-every={args.steps}", "--keep=1"]
-        words += ["--sample-every=0"]
-        log["commands"] |= {"train": line(train, [*words, "--steps", str(args.steps)])}
+        words += [f"--log-every={min(math.gcd(*points), 100)}", f"--save-every={SAVED}", "--keep=1"]
+        words += ["--sample-every=0", "--steps", str(args.steps)]
+        log["commands"] |= {"train": line(train, words)}
         log["made"] = provenance()
         draw = self.draw(arm, bank, seed)
         for step in left:
             try:
-                weights = self.trained(words, folder, step)
+                weights = self.trained(arm, words, folder, step)
             except FloatingPointError as error:
                 if not args.search:
                     raise
@@ -285,7 +292,7 @@ class Miniature:
             point = self.losses(folder, step) | self.score(samples / str(step))
             log["curve"] = sorted([*log["curve"], point], key=lambda point: point["step"])
             write_json(path, log)
-        last = self.trained(words, folder, args.steps)
+        last = self.trained(arm, words, folder, args.steps)
         if not audited:
             if not (samples / str(args.steps)).is_dir():
                 self.sample(last, samples / str(args.steps), seed, draw)
@@ -303,11 +310,15 @@ class Miniature:
         speed = f"{log['images_per_second']:,.0f} images/s, {time.perf_counter() - began:.0f} s in all"
         print(f"{name}: {figures}; {speed}", flush=True)
 
-    def trained(self, words: list[str], folder: Path, step: int) -> Path:
-        """The averaged weights of a step; trained, if they are not there, to it or to where scoring begins."""
+    def trained(self, arm: str, words: list[str], folder: Path, step: int) -> Path:
+        """The averaged weights of a step; if they are not there, the run goes to its end, for every start compiles."""
         path = folder / "checkpoints" / f"{step:07d}-ema.pt"
         if not path.is_file():
-            call(train, [*words, "--steps", str(max(step, min(UNTIL, self.args.steps)))])
+            if ARMS[arm].aligned:
+                with self.claimed("data", wait=True):
+                    if ALIGN not in read_meta(self.store)["patches"]:
+                        self.add_patches()
+            call(train, words)
         return path
 
     def parameters(self, weights: Path) -> int:
@@ -332,10 +343,11 @@ class Miniature:
         if "label" in spec.condition:
             options += [f"label_scale={scale:g}"]
         words = ["--store", str(self.store), "--model", args.model, "--condition", spec.condition, "--lr", f"{lr:g}"]
-        words += ["--batch-size", str(args.batch_size), *spec.words]
+        words += ["--batch-size", str(args.batch_size), "--resident"]
+        words += ["--align-coeff", "0.5", "--align-encoder", ALIGN] if spec.aligned else []
         words += ["--model-options", *options] if options else []
         words += ["--bank", str(bank), "--snippet-from", "own" if spec.share == 1 else "nearest"] if bank else []
-        return words if spec.words else [*words, "--resident"]  # the alignment's images stay on disk
+        return words
 
     def draw(self, arm: str, bank: Path | None, seed: int) -> list[str]:
         """How samples get conditions: by sample_ddp.py's rules, but pairs of label and snippet from one image each."""

@@ -10,9 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dataset import LatentDataset
+from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
-from scripts import make_assets, miniature
+from models.encoder import load_encoder
+from scripts import encode_dataset, make_assets, miniature
 from scripts.miniature import ARMS, DATA, METRIC
 
 HELD_OUT_DRAW = {"snippets-held-out": miniature.DRAWS["snippets-held-out"]}
@@ -54,12 +55,12 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert not list((places / "root" / "runs" / "fashion" / "search").iterdir())
 
     monkeypatch.setattr(miniature, "CURVE", (1,))
-    monkeypatch.setattr(miniature, "UNTIL", 1)  # so that training stops for the first score and continues
     monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=HELD_OUT_DRAW))
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
-    assert capsys.readouterr().out.count("$ python train.py") == 2
+    printed = capsys.readouterr().out
     found = log(places, "nearest-10-3")
+    assert [line for line in printed.splitlines() if "train.py" in line] == [f"$ {found['commands']['train']}"]
     assert (found["settings"]["lr"], found["settings"]["scale"]) == min(scores, key=scores.get)
     assert [point["step"] for point in found["curve"]] == [1, 2]
     for point in found["curve"]:
@@ -125,6 +126,57 @@ def test_arms_of_every_kind(places, arm):
     assert found["curve"][-1]["training"]["fd"] > 0
     assert found["settings"]["k"] == {"label+nearest-10": 15, "class-mean": 154}[arm]
     assert ("label_scale=6" in found["commands"]["train"]) == (arm == "label+nearest-10")
+
+
+def test_alignment_trains_on_stored_patch_tokens(places, monkeypatch, capsys):
+    """Added once, by one process, also after it was cut off, to a store whose other runs stay valid."""
+    words = ["fashion", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
+    other, called = miniature.Miniature(miniature.parse(words)), []
+    before = read_meta(other.store)
+
+    def watched(command, words):
+        with other.claimed("data", wait=False) as free:
+            called.append((command.__name__.rpartition(".")[2], "--patches" in words, free))
+        return call(command, words)
+
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    call, finish = miniature.call, encode_dataset.finish
+    given = ("--lr", "1e-3", "--scale", "6")
+    run(places, "label", *given)
+    monkeypatch.setattr(miniature, "ALIGN", f"{miniature.ENCODER}@128")  # 4 × 4 patches, as many as SiT-S/8 has tokens
+    monkeypatch.setattr(miniature, "call", watched)
+    monkeypatch.setattr(encode_dataset, "finish", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(places, "label-align", *given)
+    monkeypatch.setattr(encode_dataset, "finish", finish)
+    capsys.readouterr()
+    run(places, "random", "label-align", "label", *given)
+    assert "continuing" in capsys.readouterr().out
+    writing = [("encode_dataset", True, False)] * 2  # cut off, then ended before the features of `random` are added
+    writing += [("derive_features", False, False), ("build_bank", False, False)]
+    assert [what for what in called if what[0] in ("encode_dataset", "derive_features", "build_bank")] == writing
+    assert all(free for name, _, free in called if name in ("train", "sample_ddp", "evaluator"))
+    assert sum(name == "train" for name, *_ in called) == 2  # `label` was there
+
+    train_line = log(places, "label-align-0")["commands"]["train"]
+    assert f"--resident --align-coeff 0.5 --align-encoder {miniature.ALIGN} " in train_line
+    after = read_meta(other.store)
+    assert after["patches"] == {miniature.ALIGN: [16, 1280]}
+    assert after["encoders"].keys() == before["encoders"].keys() | {miniature.ALIGN, "random"}
+    assert after["fingerprint"] == before["fingerprint"]
+    store = LatentDataset(other.store, patches=miniature.ALIGN, images=True)
+    rows = np.arange(0, len(store), 50)
+    batch = store.fetch(rows, np.zeros_like(rows))
+    tokens = load_encoder(miniature.ALIGN)(batch["image"], return_patches=True)[1]
+    torch.testing.assert_close(batch["patches"].float(), tokens, rtol=1e-3, atol=1e-3)
+
+
+def test_the_alignment_has_as_many_patches_as_the_network_tokens():
+    size, patch = 32, 4  # of the stores, and of the network
+    assert miniature.parse(["glyphs"]).model == f"SiT-S/{patch}"
+    assert load_encoder(miniature.ALIGN).num_patches == (size // patch) ** 2
 
 
 def test_pairs_of_label_and_snippet_come_from_one_image(places):
