@@ -1,13 +1,16 @@
 """The end of a training step: clipped gradients, AdamW, and the weights' moving average, in few passes over them.
 
-Every pass over 675 million float32 weights reads or writes 2.7 GB, so on a GPU the clipping coefficient is applied
-inside the fused AdamW kernel instead of in a pass of its own, and nothing here waits for the device.
+Every pass over 675 million float32 weights reads or writes 2.7 GB, so on a GPU one kernel does all but the norm
+(models/adamw.py), and nothing here waits for the device.
 """
 
 import copy
 
 import torch
 from torch import Tensor, nn
+
+from memory.kmeans import triton_works
+from models.kernels import can_fuse
 
 
 class Update:
@@ -28,16 +31,26 @@ class Update:
         self.averages = [self.average.get_parameter(name) for name in trained]
         betas = (0.9, beta2)
         self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, eps=1e-8, weight_decay=0.0, fused=True)
+        self.kernel = None
+        if can_fuse(self.parameters[0].device) and triton_works():
+            from models.adamw import Kernel  # here, because Triton is not everywhere
+
+            self.kernel = Kernel(self.parameters)
 
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
         """Move weights and average by the gradients of step `step`; the norm of these before clipping, ()."""
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
-        if norm.is_cuda:
-            self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1)  # the kernel divides by it
+        gradients = [parameter.grad for parameter in self.parameters]
+        norm = nn.utils.get_total_norm(gradients)
+        share = 1 - min(self.ema_decay, (1 + step) / (10 + step))
+        if self.kernel and self.optimizer.state:  # which the first step makes
+            states = [self.optimizer.state[parameter] for parameter in self.parameters]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+            tensors = [self.parameters, gradients, *moments, self.averages]
+            self.kernel(tensors, norm, self.clip, step + 1, self.optimizer.param_groups[0], share)
         else:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        self.optimizer.step()
-        decay = min(self.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+            self.optimizer.step()
+            torch._foreach_lerp_(self.averages, self.parameters, share)
         return norm

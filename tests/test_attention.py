@@ -35,3 +35,28 @@ def test_gradients_stay_finite_where_all_scores_are_far_below_zero(tokens):
     with kernels.fast_attention("cuda", tokens):
         F.scaled_dot_product_attention(*leaves).backward(torch.randn_like(q))
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_packed_attention_is_right_where_all_scores_are_far_below_zero(tokens):
+    attention = pytest.importorskip("models.attention").attention
+    if not kernels.can_pack("cuda"):
+        pytest.skip("models/attention.py is for Hopper GPUs")
+    torch.manual_seed(0)
+    qkv = 0.1 * torch.randn(2, tokens, 3, 2, 64, device="cuda")
+    qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 1, -120 * 64**0.5  # scores of −120, in both heads
+    qkv = qkv.flatten(2).to(torch.bfloat16)
+    weights = torch.randn(2, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    given, wide = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    out = attention(given, torch.zeros(384, device="cuda", requires_grad=True), 2)
+    out.backward(weights)
+    q, k, v = wide.unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)  # (2, 2, tokens, 64) each
+    expected = ((q @ k.transpose(-1, -2) / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    expected.backward(weights.double())
+    assert (out - expected).norm() < 0.01 * expected.norm()
+    assert given.grad.isfinite().all()
+    # the first of a head is left out, because it cancels to noise
+    gradients = (tensor.grad.unflatten(-1, (3, 2, 64))[..., 1:] for tensor in (given, wide))
+    for ours, theirs in zip(*(gradient.unbind(2) for gradient in gradients), strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()

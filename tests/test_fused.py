@@ -16,7 +16,7 @@ from models import kernels
 from models.sit import SiT_models
 
 pytest.importorskip("triton")
-from models import fused
+from models import adamw, fused
 
 EPS = 1e-6
 
@@ -79,10 +79,40 @@ def check_activate(device, tokens, width, dtype, tolerance):
     assert relative(bias.grad, wide.grad.sum((0, 1))) < tolerance
 
 
+def check_adamw(device):
+    """Three steps on tensors longer and shorter than a program, one of them not aligned, clipped and not."""
+    torch.manual_seed(0)
+    parameters = [
+        torch.randn(9001, device=device)[1:],
+        torch.randn(64, 128, device=device),
+        torch.randn(5, device=device),
+    ]
+    averages, plain = [tensor.clone() for tensor in parameters], [tensor.double() for tensor in parameters]
+    expected = [tensor.clone() for tensor in plain]
+    optimizer = torch.optim.AdamW(plain, 1e-2, (0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    moments = [[torch.zeros_like(tensor) for tensor in parameters] for _ in range(2)]
+    kernel = adamw.Kernel(parameters)
+    for step, size in ((1, 1.0), (2, 1e-4), (3, 1.0)):
+        gradients = [size * torch.randn_like(tensor) for tensor in parameters]
+        for tensor, gradient in zip(plain, gradients, strict=True):
+            tensor.grad = gradient.double()
+        norm = torch.nn.utils.clip_grad_norm_(plain, 0.5).float()
+        optimizer.step()
+        torch._foreach_lerp_(expected, plain, 0.1)
+        kernel([parameters, gradients, *moments, averages], norm, 0.5, step, optimizer.param_groups[0], 0.1)
+    states = [optimizer.state[tensor] for tensor in plain]
+    pairs = [(parameters, plain), (averages, expected)]
+    pairs += [(moments[i], [state[name] for state in states]) for i, name in enumerate(("exp_avg", "exp_avg_sq"))]
+    for ours, theirs in pairs:
+        for given, wanted in zip(ours, theirs, strict=True):
+            assert relative(given, wanted) < 1e-6
+
+
 def interpreted_kernels():
+    check_adamw("cpu")
     check_activate("cpu", tokens=50, width=600, dtype=torch.float32, tolerance=1e-6)
     check_join("cpu", tokens=4, width=24, dtype=torch.float32, tolerance=1e-6)
-    for tokens, size in ((256, 72), (128, 64)):
+    for tokens, size in ((256, 72), (128, 64), (64, 64)):
         check_attention("cpu", tokens, heads=1, size=size, dtype=torch.float32, tolerance=1e-6)
 
 
@@ -94,9 +124,10 @@ def test_the_kernels_as_interpreted(root):
 
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
+    check_adamw("cuda")
     check_activate("cuda", tokens=100, width=4608, dtype=torch.bfloat16, tolerance=3e-3)
     check_join("cuda", tokens=64, width=1152, dtype=torch.bfloat16, tolerance=3e-3)
-    for tokens, heads, size in ((256, 16, 72), (256, 4, 64)):
+    for tokens, heads, size in ((256, 16, 72), (256, 4, 64), (64, 6, 64)):
         check_attention("cuda", tokens, heads, size, torch.bfloat16, tolerance=3e-3)
 
 
