@@ -522,7 +522,8 @@ def test_a_resident_store_gives_the_same_bits(folder, source):
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_a_resident_store_fetches_what_the_store_does(tmp_path, monkeypatch, num_views):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_resident_store_fetches_what_the_store_does(tmp_path, monkeypatch, device, num_views):
     """Every key, shape, type and bit, brought in parts of which the last is short."""
     path, random = write_store(tmp_path / "store"), np.random.default_rng(5)
     (path / "patches").mkdir()
@@ -537,11 +538,14 @@ def test_a_resident_store_fetches_what_the_store_does(tmp_path, monkeypatch, num
     assignment = random.integers(0, 9, (IMAGES, num_views), dtype=np.int32)
     store = LatentDataset(path, encoder="toy", assignment=assignment, patches="toy", images=True)
     monkeypatch.setattr(resident, "CHUNK", 7 * store.latents[0].nbytes)
-    held = ResidentDataset(store, torch.device("cpu"))
+    held = ResidentDataset(store, torch.device(device))
     rows, views = random.integers(0, IMAGES, 64), random.integers(0, num_views, 64)
-    assert_same(held[3, rows, views], store[3, rows, views])
-    for key, values in store.fetch(rows, views).items():
-        assert (held.fetch(rows, views)[key].dtype, held.fetch(rows, views)[key].shape) == (values.dtype, values.shape)
+    found, expected = held[3, rows, views], store.fetch(rows, views)
+    assert found.pop("step") == 3
+    assert {values.device.type for values in found.values()} == {device}
+    assert_same({key: values.cpu() for key, values in found.items()}, expected)
+    for key, values in expected.items():
+        assert (found[key].dtype, found[key].shape) == (values.dtype, values.shape)
 
 
 def test_checkpointed_activations_give_the_same_bits(folder, whole, monkeypatch):
