@@ -10,8 +10,8 @@ and equal: latents, features, bank, weights, optimiser, logs, PNGs, npz, metrics
 left out of the comparison, nothing else. Exit status 0 only if everything held.
 
 A command is a process forked from this one, which has the libraries loaded: a kill then hits its work and not the
-seconds in which Python imports. Intervals at which work is noted are shortened, so that kills find something to go on
-from.
+seconds in which Python imports. Intervals at which work is noted and grids of samples are shortened, so that kills find
+something to go on from.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def commands(work: Path) -> dict[str, tuple[Callable, list[str]]]:
     build = ["--store", store, "--encoder", ENCODER, "--out", work / "out" / "bank", "--k", 100, "--passes", 20]
     training = ["--store", store, "--bank", bank, "--out", work / "out" / "run", "--model", "SiT-Ti/2"]
     training += ["--steps", 24, "--batch-size", 16, "--log-every", 2, "--save-every", 4, "--snapshot-every", 8]
-    training += ["--eval-every", 12, "--sample-every", 0, "--workers", 1]
+    training += ["--eval-every", 12, "--sample-every", 24, "--workers", 1]
     sampling = ["--checkpoint", run, "--out", work / "out" / "samples", "--num-images", 48, "--steps", 4]
     sampling += ["--sampler", "euler", "--batch-size", 4]
     score = [store, samples / "samples.npz", "--encoder", ENCODER, "--num-samples", 48]
@@ -105,7 +105,7 @@ class Job:
                 launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({key: str(value) for key, value in launcher.items()})
-            encode_dataset.SAVE_SECONDS = 0.05
+            encode_dataset.SAVE_SECONDS, train.GRID_STEPS = 0.05, 1
             main(words)
             status = 0
         except SystemExit as leaving:
@@ -173,6 +173,19 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def written(work: Path) -> dict[str, Path]:
+    """A stage's files by name: those of its folder, and the features that an evaluation keeps beside its reference."""
+    beside = [path for path in (work / "encode").glob("*") if path.is_file()]
+    return files_of(work / "out") | {f"beside/{path.name}": path for path in beside}
+
+
+def clear(work: Path) -> None:
+    """Remove what a stage has written."""
+    shutil.rmtree(work / "out", ignore_errors=True)
+    for path in written(work).values():
+        path.unlink()
+
+
 def unfinished_by_contract(path: Path) -> bool:
     """Whether a file with a final name may be incomplete: arrays of a store without meta.json, a run's growing log, a
     samples.json that says so."""
@@ -184,10 +197,10 @@ def unfinished_by_contract(path: Path) -> bool:
     return store is not None and not (store / "meta.json").exists()
 
 
-def damaged(folder: Path, reference: dict[str, object]) -> list[str]:
+def damaged(files: dict[str, Path], reference: dict[str, object]) -> list[str]:
     """Files with final names that a kill has left partial, or other than the undisturbed run's."""
     found = []
-    for name, path in files_of(folder).items():
+    for name, path in files.items():
         if path.name.startswith(".") or "progress" in path.parts or unfinished_by_contract(path):
             continue
         try:
@@ -200,13 +213,12 @@ def damaged(folder: Path, reference: dict[str, object]) -> list[str]:
     return found
 
 
-def differences(folder: Path, reference: dict[str, object], rolling: bool = True) -> list[str]:
+def differences(found: dict[str, Path], reference: dict[str, object], rolling: bool = True) -> list[str]:
     """In what a finished run's files differ from those of the undisturbed run.
 
     Without `rolling`, full states before the last one are left out: a signal saves one at the step it meets.
     """
     last = max((name for name in reference if ROLLING.search(name)), default=None)
-    found = files_of(folder)
     if not rolling:
         found = {name: path for name, path in found.items() if name == last or not ROLLING.search(name)}
         reference = {name: value for name, value in reference.items() if name == last or not ROLLING.search(name)}
@@ -222,17 +234,17 @@ def differences(folder: Path, reference: dict[str, object], rolling: bool = True
 def undisturbed(work: Path, stage: str, processes: int) -> tuple[dict[str, object], float]:
     """What a stage writes when nothing happens, and the seconds that it takes; the next stages read it."""
     main, words = commands(work)[stage]
-    out, log = work / "out", work / f"{stage}-{processes}.log"
-    shutil.rmtree(out, ignore_errors=True)
+    log = work / f"{stage}-{processes}.log"
+    clear(work)
     job = Job(main, words, processes, log)
     statuses = job.wait(time.monotonic() + PATIENCE)
     seconds = time.monotonic() - job.began
     if statuses is None or any(statuses):
         raise RuntimeError(f"the undisturbed run of {stage} failed with {statuses}: see {log}")
-    reference = {name: content(path) for name, path in files_of(out).items()}
+    reference = {name: content(path) for name, path in written(work).items()}
     if processes == 1:
         shutil.rmtree(work / stage, ignore_errors=True)
-        shutil.copytree(out, work / stage)
+        shutil.copytree(work / "out", work / stage)
     return reference, seconds
 
 
@@ -245,7 +257,7 @@ def starve(work: Path, stage: str, faults: int, draw: random.Random) -> dict:
     out, log = work / "out", work / f"{stage}-full.log"
     reference, seconds = undisturbed(work, stage, 1)
     needed = sum(4096 * -(-path.stat().st_size // 4096) for path in files_of(out).values())
-    shutil.rmtree(out)
+    clear(work)
     out.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", out], check=True)
     problems, met = [], 0
@@ -264,13 +276,13 @@ def starve(work: Path, stage: str, faults: int, draw: random.Random) -> dict:
                 lines = log.read_text().strip().splitlines()
                 if not any(word in lines[-1] for word in ("disk", "space", "free", "reserve")):
                     problems.append(f"on a disk of {size:,} bytes it says: {lines[-1][:300]}")
-            problems += [f"on a disk of {size:,} bytes: {problem}" for problem in damaged(out, reference)]
+            problems += [f"on a disk of {size:,} bytes: {problem}" for problem in damaged(written(work), reference)]
         subprocess.run(["mount", "-o", f"remount,size={10 * needed + (1 << 24)}", out], check=True)
         statuses = Job(main, words, 1, log).wait(time.monotonic() + PATIENCE)
         if statuses != [0]:
             problems.append(f"fails with {statuses} when there is room again: see {log}")
         else:
-            problems += differences(out, reference)
+            problems += differences(written(work), reference)
     finally:
         subprocess.run(["umount", "--lazy", out], check=True)
         out.rmdir()
@@ -280,10 +292,10 @@ def starve(work: Path, stage: str, faults: int, draw: random.Random) -> dict:
 def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw: random.Random) -> dict:
     """Kill a stage `kills` times, and say what did not hold."""
     main, words = commands(work)[stage]
-    out, log = work / "out", work / f"{stage}-{processes}.log"
+    log = work / f"{stage}-{processes}.log"
     reference, seconds = undisturbed(work, stage, processes)
     problems, done, misses, rounds, continued = [], 0, 0, 0, 0
-    shutil.rmtree(out)
+    clear(work)
     while True:
         job, rounds = Job(main, words, processes, log), rounds + 1
         moment = job.began + draw.uniform(0, seconds) if done < kills else job.began + PATIENCE
@@ -291,8 +303,8 @@ def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw
         if statuses is None and done < kills:
             job.kill(number)
             done, misses = done + 1, 0
-            continued += any(path.name.startswith(".") or "progress" in path.parts for path in files_of(out).values())
-            problems += [f"after kill {done}: {problem}" for problem in damaged(out, reference)]
+            continued += any(path.name.startswith(".") or "progress" in path.parts for path in written(work).values())
+            problems += [f"after kill {done}: {problem}" for problem in damaged(written(work), reference)]
             continue
         if statuses is None:
             job.kill(signal.SIGKILL)
@@ -301,14 +313,14 @@ def endure(work: Path, stage: str, processes: int, kills: int, number: int, draw
         if any(statuses):
             problems.append(f"after kill {done} the command fails with {statuses}: see {log}")
             break
-        problems += differences(out, reference, rolling=number == signal.SIGKILL)
+        problems += differences(written(work), reference, rolling=number == signal.SIGKILL)
         misses += 1
         if done >= kills or problems or misses > MISSES:
             break
-        shutil.rmtree(out)
+        clear(work)
     if done < kills and not problems:
         problems.append(f"only {done} kills found the command running")
-    shutil.rmtree(out, ignore_errors=True)
+    clear(work)
     facts = {"stage": stage, "processes": processes, "seconds_undisturbed": round(seconds, 2), "kills": done}
     return facts | {"runs": rounds, "kills_with_work_half_done": continued, "problems": problems}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.chaos import PATIENCE, Job, commands, content, copy_images, files_of
+from benchmarks.chaos import PATIENCE, Job, clear, commands, content, copy_images, files_of
 from memory.files import write_json
 from memory.provenance import provenance
 
@@ -83,6 +83,7 @@ def run(work: Path, stage: str, processes: int, flags: list[str], folder: Path) 
     """Run a stage, and move what it wrote to a folder."""
     main, words = commands(work)[stage]
     log = work / f"{stage}.log"
+    clear(work)
     statuses = Job(main, [*words, *flags], processes, log).wait(time.monotonic() + PATIENCE)
     if statuses is None or any(statuses):
         sys.exit(f"{stage} with {processes} processes and {flags} ended with {statuses}: see {log}")

@@ -24,15 +24,27 @@ def test_partial_and_other_files_are_seen(tmp_path):
     torch.save({"ema": torch.ones(3)}, tmp_path / "1.pt")
     (tmp_path / "metrics.json").write_text('{"FID": 3, "made": "today"}')
     reference = {name: chaos.content(path) for name, path in chaos.files_of(tmp_path).items()}
-    assert chaos.damaged(tmp_path, reference) == []
+    assert chaos.damaged(chaos.files_of(tmp_path), reference) == []
     (tmp_path / "metrics.json").write_text('{"FID": 3, "made": "tomorrow"}')
-    assert chaos.damaged(tmp_path, reference) == []
+    assert chaos.damaged(chaos.files_of(tmp_path), reference) == []
     (tmp_path / "metrics.json").write_text('{"FID": 4, "made": "today"}')
     whole = (tmp_path / "1.pt").read_bytes()
     (tmp_path / "1.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / ".2.tmp.pt").write_bytes(b"may be partial")
-    found = chaos.damaged(tmp_path, reference)
+    found = chaos.damaged(chaos.files_of(tmp_path), reference)
     assert [problem.split()[0].strip(":") for problem in found] == ["1.pt", "metrics.json"]
+
+
+def test_features_kept_beside_a_reference_count_as_written(tmp_path):
+    for name in ("encode/store/meta.json", "encode/store.net.npz", "encode/.store.net.tmp.npz", "out/metrics.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"cut short")
+    assert chaos.written(tmp_path).keys() == {"metrics.json", "beside/store.net.npz", "beside/.store.net.tmp.npz"}
+    damage = chaos.damaged(chaos.written(tmp_path), {"beside/store.net.npz": "whole"})
+    assert "beside/store.net.npz differs" in damage
+    chaos.clear(tmp_path)
+    assert chaos.written(tmp_path) == {}
+    assert (tmp_path / "encode" / "store" / "meta.json").exists()
 
 
 def test_a_command_that_starts_over_wrongly_is_seen(root, tmp_path):

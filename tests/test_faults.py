@@ -42,6 +42,11 @@ def stages(tmp_path_factory):
     return work
 
 
+@pytest.fixture(autouse=True)
+def short_grids(monkeypatch):
+    monkeypatch.setattr(chaos.train, "GRID_STEPS", 1)
+
+
 def redirected(work, stage, out):
     """A stage's `main` and its command line, writing below another folder."""
     main, words = chaos.commands(work)[stage]
