@@ -1,0 +1,146 @@
+"""Figures of the miniature: distance over steps and seconds, over the size of the bank, and over diversity."""
+
+from itertools import cycle
+from statistics import mode
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from scipy.optimize import isotonic_regression
+
+from scripts.arms import BASELINES, DIVERSE, FLOOR, PRIMARY, SHARES, Arm, dataset, ratio_of, reach, speeds, targets
+
+STEPS_TAKEN, SECONDS = "training steps", "seconds of training"
+# Okabe and Ito's colours, which colour-blind readers tell apart; arms with alignment are dashed, too
+COLOURS = {"none": "#666666", "label": "#0072B2", "label-align": "#56B4E9"}
+COLOURS |= {"nearest-10": "#D55E00", "nearest-10-align": "#E69F00", "own": "#009E73"}
+GAP = 0.05  # between names at the lines' ends, of the panel's height
+FURTHER = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")  # for other arms, in turn
+
+
+def draw(arms: dict[str, Arm], floor: float) -> Figure:
+    """Distance over steps and over seconds of training, a line for each arm; other arms below, and the bank's size."""
+    first = {name: arm for name, arm in arms.items() if name in PRIMARY} or arms
+    others = {name: arm for name, arm in arms.items() if name not in first}
+    rows = 2 if others else 1
+    figure = Figure(figsize=(9, 4 * rows), layout="constrained")
+    figure.suptitle(dataset(arms))
+    panels = figure.subplots(rows, 2, squeeze=False)
+    draw_curves(panels[0, 0], first, floor, STEPS_TAKEN)
+    draw_curves(panels[0, 1], first, floor, SECONDS)
+    if speeds(arms):
+        panels[0, 1].set_xlabel(f"{SECONDS}: speeds differ, as on a shared GPU")
+    if others:
+        beside = {name: arms[name] for name in ("label", "nearest-10") if name in arms}
+        draw_curves(panels[1, 0], others | beside, floor, STEPS_TAKEN)
+        draw_sizes(panels[1, 1], arms, floor)
+    return figure
+
+
+def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, label: str) -> None:
+    """Mean and range of each arm's seeds, its name at the line's end."""
+    ends, further = [], cycle(FURTHER)
+    usual = mode(len(arm.runs) for arm in arms.values())
+    for arm in arms.values():
+        places = np.array(arm.steps) if label == STEPS_TAKEN else arm.values("seconds").mean(1)
+        colour, count = COLOURS.get(arm.name) or next(further), len(arm.runs)
+        panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker="o", markersize=3)
+        panel.fill_between(places, arm.distances.min(1), arm.distances.max(1), color=colour, alpha=0.2, linewidth=0)
+        ends.append((places[-1], arm.final, arm.name + f" ({count})" * (count != usual), colour))
+    steps = sorted({step for arm in arms.values() for step in arm.steps})
+    decorate(panel, floor, label, steps if label == STEPS_TAKEN else None)
+    seeds = f"mean and range of {usual} seeds" if usual > 1 else "one seed"
+    panel.set_title(f"{seeds}{', or as in brackets' * any('(' in name for _, _, name, _ in ends)}", fontsize="small")
+    name_ends(panel, ends)
+
+
+def style(name: str) -> str:
+    """Kind of line of an arm, or of the floor."""
+    return ":" if name == FLOOR else "--" if name.endswith("-align") else "-"
+
+
+def decorate(panel: Axes, floor: float, label: str, ticks: list[float] | None) -> None:
+    """Logarithmic axes with plain numbers, and the floor."""
+    panel.set(xlabel=label, xscale="log", yscale="log", ylabel="FD to held-out images")
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    for axis, places in ((panel.xaxis, ticks), (panel.yaxis, None)):
+        axis.set(major_locator=FixedLocator(places) if places else LogLocator(subs=(1, 2, 5)), major_formatter=plain)
+        axis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    if not np.isnan(floor):
+        panel.axhline(floor, color="black", linewidth=1, linestyle=":")
+        panel.annotate(f"{FLOOR} {floor:.3g}", (0.02, floor), (0, 3), panel.get_yaxis_transform(), "offset points")
+        panel.texts[-1].set_fontsize("small")
+
+
+def name_ends(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names right of the panel at the height of the lines' ends (x, y, name, colour), moved apart where they touch."""
+    ends = sorted(ends, key=lambda end: end[1])
+    panel.get_ylim()  # settles the limits
+    places = panel.transData.transform([end[:2] for end in ends])
+    steps = GAP * np.arange(len(ends))
+    heights = isotonic_regression(panel.transAxes.inverted().transform(places)[:, 1] - steps).x + steps
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
+        panel.annotate(
+            name,
+            (x, y),
+            (1.05, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize="small",
+            va="center",
+            arrowprops=line,
+        )
+
+
+def draw_sizes(panel: Axes, arms: dict[str, Arm], floor: float) -> None:
+    """Last distance over the share of the bank's rows, with the ratio over `label`, and the baselines as lines."""
+    shown = {100 * share: arms[name] for name, share in SHARES.items() if name in arms}
+    if len(shown) < 2:
+        panel.set_axis_off()
+        return
+    panel.plot([*shown], [arm.final for arm in shown.values()], color=COLOURS["nearest-10"], marker="o", markersize=4)
+    panel.set_xlim(0.5, 200)
+    ends = [(200, arms[name].final, name, COLOURS[name]) for name in BASELINES if name in arms]
+    for _, distance, name, colour in ends:
+        panel.axhline(distance, color=colour, linewidth=1, linestyle=style(name))
+    if "label" in arms:
+        for share, arm in shown.items():
+            ratio = ratio_of(reach(arm, targets(arms)["label"])[0])
+            panel.annotate(ratio, (share, arm.final), (0, 6), textcoords="offset points", ha="center", fontsize="small")
+    decorate(panel, floor, "rows of the bank, % of the images", [1, 10, 50, 100])
+    panel.set_title("last FD, with the ratio of steps over label", fontsize="small")
+    if ends:
+        name_ends(panel, ends)
+
+
+def draw_diversity(sets: dict[int, tuple[dict[str, Arm], float]]) -> Figure:
+    """Last distance over the number of characters, and the ratio over `label` where its distance is reached."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    distances = {name: {n: arms[name].final for n, (arms, _) in sets.items() if name in arms} for name in DIVERSE}
+    distances[FLOOR] = {n: floor for n, (_, floor) in sets.items() if not np.isnan(floor)}
+    both = {
+        name: [n for n, (arms, _) in sets.items() if {name, "label"} <= {*arms}] for name in DIVERSE if name in SHARES
+    }
+    reached = {
+        name: {n: reach(sets[n][0][name], targets(sets[n][0])["label"])[0].ratio for n in both[name]} for name in both
+    }
+    for panel, lines in ((left, distances), (right, reached)):
+        ends = []
+        for name, line in lines.items():
+            points = [(n, value) for n, value in line.items() if value]
+            if points:
+                colour = COLOURS.get(name, "black")
+                panel.plot(*zip(*points, strict=True), style(name), color=colour, marker="o", markersize=4)
+                ends.append((*points[-1], name, colour))
+        decorate(panel, np.nan, "characters", [*sets])
+        if panel is right:
+            panel.axhline(1, color=COLOURS["label"], linewidth=1)
+            panel.set(yscale="linear", ylim=(0, None), ylabel="ratio of steps over label, where reached")
+            ends.append((max(sets), 1, "label", COLOURS["label"]))
+        name_ends(panel, ends)
+    return figure
