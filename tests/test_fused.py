@@ -131,9 +131,10 @@ def test_the_kernels_on_a_gpu():
         check_attention("cuda", tokens, heads, size, torch.bfloat16, tolerance=3e-3)
 
 
-def make_network(input_size):
+def make_network(input_size, qk_norm=False):
     torch.manual_seed(0)
-    network = SiT_models["SiT-S/2"](input_size=input_size, snippet_dim=16, align_dims=(5,), align_depth=2)
+    options = {"input_size": input_size, "snippet_dim": 16, "align_dims": (5,), "align_depth": 2, "qk_norm": qk_norm}
+    network = SiT_models["SiT-S/2"](**options)
     modulations = [part.adaLN_modulation[1] for part in (*network.blocks, network.final_layer)]
     for layer in (*modulations, network.final_layer.linear):
         torch.nn.init.normal_(layer.weight, std=0.05)
@@ -156,8 +157,8 @@ def worst(given, expected):
     ))  # fmt: skip
 
 
-def interpreted_network():
-    network = make_network(8)
+def interpreted_network(qk_norm):
+    network = make_network(8, qk_norm)
     network.blocks = network.blocks[:3]
     given = copy.deepcopy(network)
     given.velocity = lambda *inputs: kernels.fused_velocity(
@@ -167,14 +168,15 @@ def interpreted_network():
     for checkpoint in (False, True):
         given.checkpoint_activations = checkpoint
         for ours, plain in zip(outputs_and_gradients(given, "cpu"), expected, strict=True):
-            assert relative(ours, plain) < 1e-4
+            # what is added to all keys changes nothing: the gradient of their norm's bias is zero but for rounding
+            assert relative(ours, plain) < 1e-4 or max(ours.norm(), plain.norm()) < 1e-8
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fused", "checkpointed", "without triton", "without cudnn"])
+@pytest.mark.parametrize("kind", ["fused", "checkpointed", "qk_norm", "without triton", "without cudnn"])
 def test_a_compiled_network_is_as_close_to_float32_as_the_plain_one(kind, monkeypatch):
     torch._dynamo.reset()
-    network = make_network(32).cuda()
+    network = make_network(32, kind == "qk_norm").cuda()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = outputs_and_gradients(network, "cuda")
     with torch.autocast("cuda", torch.bfloat16):
@@ -221,4 +223,5 @@ def test_nothing_is_compiled_by_default_where_no_compiler_is(monkeypatch):
 
 if __name__ == "__main__":
     interpreted_kernels()
-    interpreted_network()
+    for qk_norm in (False, True):
+        interpreted_network(qk_norm)
