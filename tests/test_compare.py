@@ -60,7 +60,8 @@ def test_a_ratio_comes_with_those_of_the_seeds(tmp_path):
 
 def test_command_writes_figure_and_table(tmp_path, capsys):
     for seed, shift in enumerate((-3, 0, 3)):
-        write(tmp_path, "label", [100, 80, 60, 40, 30 + shift], seed)
+        ways = {"sde-250": WAYS["guided-1.5"]} if seed == 0 else {}
+        write(tmp_path, "label", [100, 80, 60, 40, 30 + shift], seed, variants=ways)
     write(tmp_path, "nearest-10", [90, 30, 20, 15, 12], copies=audit(0.004, 0.01), variants=WAYS, loss=0.25)
     write(tmp_path, "rows-10", [95, 30.0], steps=(500, 3000), images_per_second=1000.0)
     write(tmp_path, "random", [95, 90.0], steps=(500, 3000), images_per_second=1201.0)
@@ -108,6 +109,9 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
     assert "Not run: nearest-1, nearest-50, class-mean, label+nearest-10" in page
     other = entries(page, "## Other ways")["nearest-10"][0]
     assert [*other.values()] == ["nearest-10", "guided-1.5", "1", "12.5", "12", "", "0.61", "0.33"]
+    other = entries(page, "## Other ways")["label"][0]
+    assert (other["seeds"], other["as usual"]) == ("1", "27")  # of the seed that was sampled in that way
+    assert next(iter(entries(page, "## Real images"))) == "random training images"
     assert [*entries(page, "## Real images")["held-out images"][0].values()] == [
         "held-out images",
         "10",
