@@ -3,13 +3,14 @@
     python -m benchmarks.bench_train --reference --profile --out benchmarks/results/train.json
     python -m benchmarks.bench_train --image-size 512 --batches 8 32 --out benchmarks/results/train-512.json
     python -m benchmarks.bench_train --memory --batches 16 32 --out benchmarks/results/train-memory.json
-    torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --profile --exchange 25 100:8 --out FILE
+    torchrun --nproc-per-node 2 -m benchmarks.bench_train --batches 64 --profile --exchange 25 25:24:8 --out FILE
 
 The steps are `train.Trainer`'s own, on a random store and bank. Before anything is timed, the loss and the gradients of
 one step are compared with plain float32 on the same device. Floating-point operations are counted on the plain network,
 three times a forward pass; the ceiling is a bf16 product of two random 8192×8192 matrices in the same run.
 Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
-counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads.
+counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads, so many
+of which lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
 """
 
 import argparse
@@ -293,18 +294,22 @@ def by_kind(record: profile, runs: int, wall: float) -> dict:
 
 
 def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The network wrapped for exchanging gradients in each of the ways MB or MB:BLOCKS, with what it is called."""
+    """The network wrapped for exchanging gradients in each of the ways MB[:BLOCKS[:CLUSTER]], by name."""
     for words in how:
-        megabytes, _, blocks = words.partition(":")
-        options = None
-        if blocks:
+        megabytes, *numbers = words.split(":")
+        options, name = None, f"buckets of {megabytes} MB, NCCL chooses its blocks"
+        if numbers:
             options = torch.distributed.ProcessGroupNCCL.Options()
-            options.config.min_ctas, options.config.max_ctas = 1, int(blocks)
+            options.config.min_ctas, options.config.max_ctas = 1, int(numbers[0])
+            name = f"buckets of {megabytes} MB, at most {numbers[0]} blocks"
+        if numbers[1:]:
+            options.config.cga_cluster_size = int(numbers[1])
+            name += f" in clusters of {numbers[1]}"
         group = torch.distributed.new_group(pg_options=options)
         wrapped = DistributedDataParallel(
             trainer.network, process_group=group, bucket_cap_mb=float(megabytes), gradient_as_bucket_view=True
         )
-        yield f"buckets of {megabytes} MB, {blocks or 'NCCL chooses its'} blocks", wrapped
+        yield name, wrapped
 
 
 def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumulated: int) -> Iterator[dict]:
@@ -355,7 +360,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="BATCH",
         help="also show where the time goes; at the last of --batches",
     )
-    add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS]", help="ways to exchange gradients, at all --batches")
+    add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS[:CLUSTER]]", help="ways to exchange gradients")
     add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
