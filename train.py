@@ -39,7 +39,7 @@ from dataset import StepSampler, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.claim import claimed
 from memory.command import execute
-from memory.files import atomic, check_folder, free_space, read_json, remove_stale, write_json
+from memory.files import atomic, check_folder, free_space, read_json, reading, remove_stale, write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
@@ -281,12 +281,13 @@ class Trainer:
             there = read_json(config)
         else:
             return
-        lines = [
-            f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
-            for part in settings
-            for key, value in settings[part].items()
-            if key not in FREE and (there[part] or {}).get(key) != value
-        ]
+        with reading(self.out):
+            lines = [
+                f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
+                for part in settings
+                for key, value in settings[part].items()
+                if key not in FREE and (there[part] or {}).get(key) != value
+            ]
         if lines:
             raise ValueError(
                 f"--out {self.out} holds a run with other settings; choose another folder\n  " + "\n  ".join(lines)
@@ -306,7 +307,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             config = self.out / "config.json"
             parts = read_json(config).get("runs", []) if config.exists() else []
-            parts = [part for part in parts if part["from_step"] < self.step]  # later ones are about to be repeated
+            with reading(config):
+                parts = [part for part in parts if part["from_step"] < self.step]  # later ones are about to be repeated
             facts = {"args": vars(self.args), **self.facts}
             write_json(config, {**facts, "runs": [*parts, {"from_step": self.step, **made}]})
 
@@ -315,10 +317,11 @@ class Trainer:
         state = read_checkpoint(path)
         load_state(self.network, state["model"], f"checkpoint {path}")
         load_state(self.ema, state["ema"], f"checkpoint {path}")
-        self.optimizer.load_state_dict(state["opt"])
-        self.step = state["steps"]
-        if self.accelerator.is_main_process:  # the sums of all processes; the others start from zero
-            self.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
+        with reading(f"checkpoint {path}"):
+            self.optimizer.load_state_dict(state["opt"])
+            self.step = state["steps"]
+            if self.accelerator.is_main_process:  # the sums of all processes; the others start from zero
+                self.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
         self.accelerator.print(f"continuing from {path} at step {self.step:,}")
 
     def prepare(self) -> None:
@@ -425,9 +428,11 @@ class Trainer:
         """Drop lines beyond the checkpoint: those steps are about to be repeated, with the same numbers."""
         path = self.out / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with atomic(path) as temporary:  # a line without its end was cut off by a kill or a full disk
-                temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
+            with reading(path):  # a line without its end was cut off by a kill or a full disk
+                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                lines = [line for line in lines if json.loads(line)["step"] <= self.step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(lines))
 
     def snapshot(self) -> dict:
         """What a checkpoint says besides the weights in training and the optimiser's state."""

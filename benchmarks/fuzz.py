@@ -30,25 +30,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import train
 from dataset import LatentDataset
 from evaluations.images import open_images
-from evaluations.reference import Reference
+from evaluations.inception import read_weights
+from evaluations.reference import Reference, load_summary
+from evaluations.samples import Samples
 from memory.bank import MemoryBank
 from memory.files import sha256, write_json
+from memory.output import Output
 from memory.provenance import provenance
 from models.autoencoder import load_codec
 from models.checkpoint import load_model
+from models.encoder import load_encoder
 from models.sit import SiT_models
 from sample_ddp import read_snippets
 from scripts import encode_dataset, export
 from scripts.images import UNREADABLE, square
 from scripts.sources import open_source
+from scripts.store import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, GIGABYTE = 10, 1 << 30
+ENCODER = "test_vit"  # timm's smallest
+SETTINGS = {"image_shape": [16, 16, 3], "sampler": "euler", "steps": 4, "seed": 0, "encoder": "e", "guidance": None}
 NUMBERS = (0, -1, 1, 2, 255, 2**31 - 1, 2**31, 2**32, 2**40, 2**63, -(2**31))
 JSON_VALUES = (None, True, -1, 0, 1, 7, 2**63, 1e308, "", "x", "../../x", [], [1], {}, {"a": 1}, "\ud800", float("nan"))
 
@@ -102,6 +112,38 @@ def write_seeds(folder: Path) -> None:
     np.save(folder / "snippets" / "vectors.npy", np.ones((4, 6), np.float32))
     (folder / "snippets" / "rows.txt").write_text("0 1\n2 3\n")
     shutil.copytree(ROOT / "assets" / "fashion-mnist-vae", folder / "vae")
+    write_networks(folder / "networks")
+    write_unfinished(folder, images)
+
+
+def write_networks(folder: Path) -> None:
+    """Weights of a small vision encoder, and a file with what tells Inception's apart."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    weights = timm.create_model(ENCODER).state_dict()
+    torch.save(weights, folder / "encoder.pth")
+    save_file(weights, folder / "encoder.safetensors")
+    names = {"fc.weight": (1008, 2048), "Mixed_6d.branch1x1.conv.weight": (192, 768, 1, 1)}
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in names.items()}, folder / "inception.pth")
+
+
+def write_unfinished(folder: Path, images: np.ndarray) -> None:
+    """What commands leave for their next run, or for one another: samples, a run's log, a store's progress."""
+    for name, complete in (("samples", True), ("output", False)):
+        (folder / name).mkdir()
+        facts = {"num_images": len(images), "complete": complete, "settings": SETTINGS}
+        write_json(folder / name / "samples.json", facts)
+    np.savez(folder / "samples" / "samples.npz", arr_0=images)
+    (folder / "output" / ".pixels").write_bytes(images.tobytes())
+    (folder / "output" / ".done").write_bytes(bytes([1, 1, 0, 1, 0, 0]))
+    lines = [{"step": step, "loss": 1.0, "time": 1.5} for step in (2, 4)]
+    write_json(folder / "run" / "config.json", {"args": {"lr": 1e-4}, "store": {"fingerprint": "f"}, "bank": None})
+    (folder / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    progress = Progress(np.arange(6) < 4, {1: "cut short"})
+    progress.save(folder / "progress" / "rows-0.json")
+    (folder / "kept").mkdir()
+    moments = {"mu": np.zeros(8), "sigma": np.eye(8)}
+    np.savez(folder / "kept" / "features.npz", key=np.array("key"), features=np.ones((6, 8), np.float32), **moments)
 
 
 def write_checkpoint(path: Path, bank: Path) -> None:
@@ -177,6 +219,23 @@ def read_vae(path: Path) -> None:
     codec.meta(32)
 
 
+def read_run(path: Path) -> None:
+    """As a run that has no checkpoint yet is met by its command."""
+    args = argparse.Namespace(lr=1e-4)
+    facts = {"store": {"fingerprint": "f"}, "bank": None}
+    run = argparse.Namespace(out=path, checkpoints=[], args=args, facts=facts, step=3)
+    run.accelerator = argparse.Namespace(is_main_process=True)
+    train.Trainer._check_same_run(run)
+    train.Trainer.rewind_log(run)
+    train.Trainer.note(run, {})
+
+
+def read_samples(path: Path) -> None:
+    samples = Samples(path, None)
+    samples.protocol()
+    samples.related_to(ENCODER)
+
+
 @dataclass
 class Target:
     """A kind of file: the folder of real files it needs, which of them is mutated, and what reads it from where."""
@@ -214,6 +273,18 @@ TARGETS = {
     "snippets.txt": Target("snippets", "rows.txt", lambda path: read_snippets(str(path)), "rows.txt"),
     "vae-config": Target("vae", "config.json", read_vae),
     "vae-weights": Target("vae", "diffusion_pytorch_model.safetensors", read_vae),
+    "encoder.pth": Target("networks", "encoder.pth", lambda path: load_encoder(ENCODER, path), "encoder.pth"),
+    "encoder.safetensors": Target(
+        "networks", "encoder.safetensors", lambda path: load_encoder(ENCODER, path), "encoder.safetensors"
+    ),
+    "inception": Target("networks", "inception.pth", read_weights, "inception.pth"),
+    "samples.json": Target("samples", "samples.json", read_samples, "samples.npz"),
+    "output": Target("output", "samples.json", lambda path: Output(path, 6, "npz", SETTINGS).prepare()),
+    "output-marks": Target("output", ".done", lambda path: Output(path, 6, "npz", SETTINGS).prepare()),
+    "config.json": Target("run", "config.json", read_run),
+    "log.jsonl": Target("run", "log.jsonl", read_run),
+    "progress": Target("progress", "rows-0.json", lambda path: Progress.merged(path, 6)),
+    "kept": Target("kept", "features.npz", lambda path: load_summary(path, "key", torch.device("cpu")), "features.npz"),
 }
 
 
@@ -222,7 +293,7 @@ def mutated(data: bytes, draw: random.Random, planted: Path) -> bytes:
     if data[:2] == b"PK" and draw.random() < 0.6:
         return mutated_archive(data, draw, planted)
     if data[:1] == b"{" and draw.random() < 0.8:
-        return mutated_json(data, draw)
+        return mutated_lines(data, draw) if b"\n{" in data else mutated_json(data, draw)
     if data[:6] == b"\x93NUMPY" and draw.random() < 0.5:
         return mutated_header(data, draw)
     return mutated_bytes(data, draw)
@@ -305,6 +376,14 @@ def mutated_json(data: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.05:
         value = copy.deepcopy(draw.choice(JSON_VALUES))
     return json.dumps(value).encode()
+
+
+def mutated_lines(data: bytes, draw: random.Random) -> bytes:
+    """JSON lines with one of them changed."""
+    lines = data.splitlines()
+    chosen = draw.randrange(len(lines))
+    lines[chosen] = mutated_json(lines[chosen], draw)
+    return b"\n".join(lines) + b"\n"
 
 
 def mutated_header(data: bytes, draw: random.Random) -> bytes:

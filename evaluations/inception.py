@@ -7,7 +7,6 @@ that output pixel i reads input position i · size / 299.
 
 import io
 import os
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from memory.files import sha256, weights_folder
+from memory.files import reading, sha256, weights_folder
 from scripts.fetch import url_of
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -73,7 +72,8 @@ class Inception(nn.Module):
         buffer = io.BytesIO()
         torch.save(read_weights(path), buffer)
         buffer.seek(0)
-        self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], buffer)
+        with reading(path):
+            self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], buffer)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_spatial)
         on_gpu = (
             torch.device(device).type == "cuda"
@@ -104,7 +104,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The state dict of the 2015 Inception (1008 classes; torchvision's has 1000); ValueError for anything else."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of every kind, whatever is wrong with the file
         raise ValueError(f"{path}: not a whole file of nothing but weights; {REMEDY}") from error
     classifier = weights.get("fc.weight") if isinstance(weights, dict) else None
     shape = tuple(classifier.shape) if isinstance(classifier, torch.Tensor) else None

@@ -123,8 +123,8 @@ def load_summary(file: Path, key: str, device: torch.device) -> Summary | None:
         if str(archive["key"]) != key:
             return None
         arrays = {name: archive[name] for name in archive.files if name in MOMENTS or name == "features"}
-    tensors = {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
-    return Summary({name: value for name, value in tensors.items() if name in MOMENTS}, tensors["features"])
+        tensors = {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
+        return Summary({name: value for name, value in tensors.items() if name in MOMENTS}, tensors["features"])
 
 
 def keep_summary(file: Path, key: str, summary: Summary) -> None:

@@ -12,6 +12,10 @@ from memory.files import read_json
 FAMILIES = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "efficientnet", "mobilenet", "convnext", "resnet")
 
 
+MADE = {"settings": dict, "num_images": int, "complete": bool}
+SETTINGS = {"seed": int, "encoder": str | None, "sampler": str, "guidance": dict | None}
+
+
 class Samples:
     """A set of samples: its images, how many of them count, and what samples.json beside them says."""
 
@@ -21,6 +25,10 @@ class Samples:
         beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
         self.made = read_json(beside) if beside.is_file() else {}
         self.settings = self.made.get("settings", {})
+        for facts, kinds in ((self.made, MADE), (self.settings, SETTINGS)):
+            for key in facts.keys() & kinds:
+                if not isinstance(facts[key], kinds[key]):
+                    raise ValueError(f"{beside}: {key} is {facts[key]!r:.80}; restore or remove this file")
         found, intended = len(self.images), self.made.get("num_images", len(self.images))
         if found != intended or not self.made.get("complete", True):
             raise ValueError(f"{path}: holds {found:,} images; {beside}: {intended:,}; run its sampling command again")
@@ -33,9 +41,9 @@ class Samples:
         made, guidance = self.settings, self.settings.get("guidance")
         words = [f"{self.count:,} images"]
         if "sampler" in made:
-            words.append(f"{made['sampler']} {made['steps']}")
+            words.append(f"{made['sampler']} {made.get('steps')}")
         if guidance:
-            words.append(f"guidance {guidance['scale']} on {guidance['interval']}")
+            words.append(f"guidance {guidance.get('scale')} on {guidance.get('interval')}")
         return ", ".join(words)
 
     def related_to(self, encoder: str) -> bool:

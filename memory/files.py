@@ -118,14 +118,18 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; ValueError, naming the file, if it holds none."""
+def read_json(path: str | os.PathLike, **kinds: type) -> dict:
+    """The object in a JSON file; ValueError, naming the file, if it holds none, or lacks a value of one of the `kinds`
+    under its key."""
     try:
         value = json.loads(Path(path).read_text())
     except ValueError as error:  # of the decoding of text or JSON
         raise ValueError(f"{path} is no JSON file (cut short?): {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    for key, kind in kinds.items():
+        if type(value.get(key)) is not kind:
+            raise ValueError(f"{path}: {key} is {value.get(key)!r:.80}, expected {kind.__name__}; restore or remove it")
     return value
 
 

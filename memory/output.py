@@ -48,7 +48,7 @@ class Output:
         """
         old, done = None, np.zeros(self.num_images, np.uint8)
         if self.json.exists():
-            old = read_json(self.json)
+            old = read_json(self.json, num_images=int, complete=bool, settings=dict)
             self._check_same(old)
             marks = self._kept(old)
             done[: len(marks)] = marks[: self.num_images]
@@ -91,7 +91,7 @@ class Output:
             raise ValueError(
                 f"--out {self.folder} holds images made otherwise; choose another folder\n  " + "\n  ".join(lines)
             )
-        if old["num_images"] > self.num_images:
+        if not 0 <= old["num_images"] <= self.num_images:
             raise ValueError(
                 f"--num-images {self.num_images}: --out {self.folder} is a run of {old['num_images']}; ask for no fewer"
             )

@@ -21,7 +21,7 @@ import numpy as np
 
 from dataset import LABELS, META, NAMES, PROGRESS, layout
 from memory.claim import CLAIM
-from memory.files import atomic, read_json, remove_stale, write_json
+from memory.files import atomic, read_json, reading, remove_stale, write_json
 from scripts.sources import Source
 
 JOB, PART = "job.json", "rows-{}.json"
@@ -50,11 +50,12 @@ class Progress:
         progress, merged = cls(np.zeros(num_rows, bool)), folder / PART.format("merged")
         parts = list(folder.glob(PART.format("*")))
         for path in parts:
-            content = read_json(path)
-            for begin, end in content["done"]:
-                progress.done[begin:end] = True
-            progress.broken |= {int(row): reason for row, reason in content["broken"].items()}
-            progress.seconds += content.get("seconds", 0.0)  # not noted by earlier versions
+            content = read_json(path, done=list, broken=dict)
+            with reading(path):
+                for begin, end in content["done"]:
+                    progress.done[begin:end] = True
+                progress.broken |= {int(row): reason for row, reason in content["broken"].items()}
+                progress.seconds += content.get("seconds", 0.0)  # not noted by earlier versions
         progress.save(merged)
         for path in parts:
             if path != merged:

@@ -201,6 +201,13 @@ def test_wrong_weights_are_refused_and_never_run(kind, inception_weights, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_that_lack_layers_are_refused(tmp_path):
+    names = {"fc.weight": (1008, 2048), "Mixed_6d.branch1x1.conv.weight": (192, 768, 1, 1)}
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in names.items()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: .*Missing key.*Conv2d_1a_3x3"):
+        Inception(tmp_path / "weights.pth")
+
+
 def test_adms_lines_from_adms_files(inception_weights, network, tmp_path, capsys):
     """REF as images once; then the saved reference in ADM's layout gives the same five numbers."""
     reals, fakes = pictures(6), pictures(5, seed=1)

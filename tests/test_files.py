@@ -117,6 +117,14 @@ def test_a_broken_json_file_is_named(tmp_path, content):
         read_json(tmp_path / "meta.json")
 
 
+def test_a_json_file_that_lacks_what_is_read_is_named(tmp_path):
+    write_json(tmp_path / "samples.json", {"num_images": 3, "complete": True})
+    assert read_json(tmp_path / "samples.json", num_images=int, complete=bool)["num_images"] == 3
+    for kinds, found in (({"settings": dict}, "settings is None"), ({"complete": int}, "complete is True")):
+        with pytest.raises(ValueError, match=rf"samples\.json: {found}, expected"):
+            read_json(tmp_path / "samples.json", **kinds)
+
+
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     for path in (tmp_path / "run", tmp_path / "run" / "deeper"):

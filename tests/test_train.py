@@ -330,6 +330,15 @@ def test_a_log_that_was_cut_off_is_mended(folder, whole):
     assert [line["step"] for line in log(out)] == [2, 2, 4, 4, 6, 6, 8, 8]
 
 
+@pytest.mark.parametrize("damage", [{"opt": {}}, {"opt": [1]}, {"steps": None, "sums": "x"}])
+def test_a_checkpoint_of_another_kind_is_named(folder, whole, damage):
+    out = folder / f"odd-{sorted(damage)}-{type(damage.get('opt')).__name__}"
+    shutil.copytree(whole, out)
+    torch.save(final(whole) | damage, out / "checkpoints" / "0000006.pt")
+    with pytest.raises(ValueError, match=r"checkpoint .*0000006\.pt: .*(copy it again|parameter group)"):
+        train.main(command(folder, out, "--steps", 8))
+
+
 def test_the_average_keeps_no_graph(folder, monkeypatch):
     trainers = []
     prepare = train.Trainer.prepare
