@@ -1,16 +1,12 @@
-"""Runs of the miniature, read and judged: steps to a baseline's quality, the sanity checks, the claim's conditions.
+"""Runs of the miniature, an arm at a time: their curves, the steps to a baseline's quality, what is missing.
 
-The rules are those of evaluations/miniature.md under "Reading it". What it leaves open is decided here, once: a mean
-ratio is that of the seeds' mean curve; `class-mean` resembles `label` if their distances at the last step of both
-differ by less than a factor of 1.5; the arms whose order is compared are the primary ones and the one that is judged;
-copies have to be few in each space of the audit. A condition whose runs are missing or stop early is open, not failed.
+A mean ratio is that of the seeds' mean curve; runs of an arm that end before its others do not count yet.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +23,7 @@ DIVERSE = ("none", "label", "nearest-10", "own")  # arms whose gain is followed 
 FLOOR = "random training images"  # the control row that no arm is expected to beat
 SEEDS = 3  # of a primary arm
 STEPS = 8_000  # of a run that counts
-RATIO = 2  # over `label`, at which the claim holds
-COPIES = 0.01  # excess of near copies, below which it does
-FLATTENED = 0.2  # of its FD that a finished baseline loses at most in the last half of its steps
-ALIKE = 1.5  # largest quotient of two distances that resemble each other
-SAME_SPEED = 1.2  # and of speeds at which seconds of different runs compare
+SAME_SPEED = 1.2  # largest quotient of speeds at which seconds of different runs compare
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
 
@@ -80,15 +72,6 @@ class Reach:
     at_once: bool  # by the first point, so that the steps are at most, the ratio at least so many
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A condition, whether it is met, None if the runs cannot say, and the figures that do."""
-
-    what: str
-    passed: bool | None
-    figures: str
-
-
 def scored(run: dict) -> dict[int, dict]:
     """The points of a run that have a distance, by step."""
     return {point["step"]: point for point in run["curve"] if "held_out" in point}
@@ -131,7 +114,8 @@ def read_arms(folder: Path) -> dict[str, Arm]:
         (first, like), *others = found
         for path, run in others:
             if (run["dataset"], run["settings"]) != (like["dataset"], like["settings"]):
-                raise ValueError(f"{path} and {first}: seeds of one arm with other settings, {differing(run, like)}")
+                other = differing(run, like)
+                raise ValueError(f"{path} and {first}: seeds of one arm with other settings, {other}; move one away")
         if len(found) != len(runs[name]):
             raise ValueError(f"{folder}: two runs of arm {name!r} have one seed: {[str(path) for path, _ in found]}")
         furthest = max(max(scored(run)) for _, run in found)
@@ -143,7 +127,7 @@ def read_arms(folder: Path) -> dict[str, Arm]:
 def differing(run: dict, like: dict) -> str:
     """Where the settings of two runs differ, in words."""
     both = {"dataset": (run["dataset"], like["dataset"])}
-    for key in run["settings"] | like["settings"]:
+    for key in sorted(run["settings"] | like["settings"]):
         both[key] = (run["settings"].get(key), like["settings"].get(key))
     return "; ".join(f"{key}: {mine} and {other}" for key, (mine, other) in both.items() if mine != other)
 
@@ -192,6 +176,11 @@ def reach(arm: Arm, target: Target) -> tuple[Reach, list[Reach]]:
     return of(arm.distances.mean(1)), [of(seed) for seed in arm.distances.T]
 
 
+def ratio_of(reached: Reach) -> str:
+    """A ratio as text."""
+    return f"{'≥ ' * reached.at_once}{reached.ratio:.3g}×" if reached.steps else "not reached"
+
+
 def variants(arm: Arm) -> dict[str, list[dict]]:
     """Other ways in which the last checkpoints were sampled, and what the seeds scored."""
     ways = dict.fromkeys(way for run in arm.runs for way in run.get("variants", {}))
@@ -220,125 +209,3 @@ def speeds(arms: dict[str, Arm]) -> tuple[float, float] | None:
     alike = [run for arm in arms.values() if not arm.name.endswith("-align") for run in arm.runs]
     rates = sorted(run["images_per_second"] for run in alike if "images_per_second" in run)
     return (rates[0], rates[-1]) if rates and rates[-1] > SAME_SPEED * rates[0] else None
-
-
-def flattening(arm: Arm) -> Finding:
-    """Whether a baseline is finished: its distance fell by less than a fifth in the last half of its steps."""
-    what, half = f"baseline {arm.name} has flattened", arm.steps[-1] / 2
-    if half not in arm.steps:
-        return Finding(what, None, f"not scored at {half:,.0f} steps, half of its last")
-    fall = 1 - arm.final / arm.distances[arm.steps.index(int(half))].mean()
-    return Finding(what, bool(fall < FLATTENED), f"FD falls by {fall:.0%} from {half:,.0f} to {arm.steps[-1]:,} steps")
-
-
-def together(arms: dict[str, Arm], names: Iterable[str], *figure: str) -> tuple[int, list[float]] | None:
-    """The last step that several arms have in common, and a figure of each at it; None if one has none."""
-    if any(name not in arms for name in names):
-        return None
-    common = set.intersection(*(set(arms[name].steps) for name in names))
-    if not common:
-        return None
-    rows = [arms[name].values(*figure)[arms[name].steps.index(max(common))].mean() for name in names]
-    return None if np.isnan(rows).any() else (max(common), rows)
-
-
-def sanity(arms: dict[str, Arm], rows: dict[str, dict]) -> list[Finding]:
-    """What has to be so before any result is believed; `rows` are those of the real images."""
-
-    def compared(what: str, names: Sequence[str], figure: Sequence[str], good: Callable) -> Finding:
-        """A figure of several arms, given to `good` in their order."""
-        found = together(arms, names, *figure)
-        if found is None:
-            return Finding(what, None, f"takes {', '.join(names)} at one step")
-        values = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, found[1], strict=True))
-        return Finding(what, bool(good(found[1])), f"{values} at {found[0]:,} steps")
-
-    loss = ("holdout_loss",)
-    return [
-        compared("own beats random in held-out loss", ("own", "random"), loss, rising),
-        compared("class-mean resembles label in FD", ("class-mean", "label"), ("held_out", "fd"), alike),
-        lowest(arms, rows),
-        compared("nearest-10's loss lies between own's and none's", ("own", "nearest-10", "none"), loss, rising),
-    ]
-
-
-def rising(values: list[float]) -> bool:
-    """Whether each value is above the one before."""
-    return all(low < high for low, high in pairwise(values))
-
-
-def alike(values: list[float]) -> bool:
-    """Whether values resemble each other."""
-    return max(values) < ALIKE * min(values)
-
-
-def lowest(arms: dict[str, Arm], rows: dict[str, dict]) -> Finding:
-    """Whether random training images have the lowest distance of all rows."""
-    what = f"{FLOOR} have the lowest FD"
-    found = {name: dig(row, ("held_out", "fd")) for name, row in rows.items() if "held_out" in row}
-    if FLOOR not in found:
-        return Finding(what, None, "takes controls.json")
-    floor, others = found.pop(FLOOR), found | {name: arm.final for name, arm in arms.items()}
-    next_one = min(others, key=others.get)
-    return Finding(what, floor < others[next_one], f"{floor:.3g}; the next, {next_one}, {others[next_one]:.3g}")
-
-
-def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
-    """What the claim asks of an arm: first that it comes to `label`'s last distance at all."""
-    what = ["passes label", f"ratio at least {RATIO}", "ratio above 1 for each seed"]
-    if "label" not in arms or arms["label"].steps[-1] < STEPS:
-        found = [Finding(text, None, f"takes label at {STEPS:,} steps") for text in what]
-    else:
-        mean, seeds = reach(arms[name], targets(arms)["label"])
-        going_on = arms[name].steps[-1] < STEPS  # and may still come to it
-
-        def above(of: list[Reach], bound: float, strictly: bool) -> bool | None:
-            """Whether ratios are above a bound; None if one of them may yet be."""
-            if all(one.ratio > bound or (one.ratio == bound and not strictly) for one in of):
-                return True
-            return None if going_on and any(one.steps is None for one in of) else False
-
-        passed = above([mean], 0, True), above([mean], RATIO, False), above(seeds, 1, True)
-        figures = ratio_of(mean), ratio_of(mean), ", ".join(map(ratio_of, seeds))
-        found = [Finding(*row) for row in zip(what, passed, figures, strict=True)]
-    return [*found, same_order(arms, name), few_copies(arms[name])]
-
-
-def ratio_of(reached: Reach) -> str:
-    """A ratio as text."""
-    return f"{'≥ ' * reached.at_once}{reached.ratio:.3g}×" if reached.steps else "not reached"
-
-
-def same_order(arms: dict[str, Arm], name: str) -> Finding:
-    """Whether distances to training images put the primary arms and this one in the order of those to held-out ones."""
-    what = "same order by FD to training images"
-    names = [other for other in arms if other in (*PRIMARY, name) and arms[other].steps[-1] >= STEPS]
-    both = {other: [arms[other].values(to, "fd")[-1].mean() for to in ("held_out", "training")] for other in names}
-    both = {other: pair for other, pair in both.items() if not np.isnan(pair).any()}
-    if name not in both or "label" not in both:
-        return Finding(what, None, f"takes label and {name} at {STEPS:,} steps")
-    swapped = [
-        f"{one} and {two} swap"
-        for one, two in combinations(both, 2)
-        if (both[one][0] < both[two][0]) != (both[one][1] < both[two][1])
-    ]
-    return Finding(what, not swapped, "; ".join(swapped) or f"the same for {len(both)} arms")
-
-
-def few_copies(arm: Arm) -> Finding:
-    """Whether near copies exceed those among held-out images by less than a hundredth."""
-    found = audits(arm).values()
-    figures = "; ".join(f"{one['excess']:+.2%} ± {one['standard_error']:.2%}" for one in found)
-    what = f"excess of near copies below {COPIES:.0%}"
-    return Finding(what, all(one["excess"] < COPIES for one in found) if found else None, figures or "not audited")
-
-
-def verdict(found: list[Finding]) -> str:
-    """What the conditions come to: holds, fails (does not come to `label`'s distance), or which one is not met."""
-    failed = [one.what for one in found if one.passed is False]
-    unknown = [one.what for one in found if one.passed is None]
-    if found[0].passed is False:
-        return "fails, FD does not come down to label's"
-    if failed:
-        return f"does not hold, for want of: {', '.join(failed)}"
-    return f"open, for want of: {', '.join(unknown)}" if unknown else "holds"

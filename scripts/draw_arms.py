@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
-from scripts.arms import BASELINES, DIVERSE, FLOOR, PRIMARY, SHARES, Arm, dataset, ratio_of, reach, speeds, targets
+from scripts.arms import DIVERSE, FLOOR, PRIMARY, SHARES, Arm, dataset, ratio_of, reach, speeds, targets
 
 STEPS_TAKEN, SECONDS = "training steps", "seconds of training"
 # Okabe and Ito's colours, which colour-blind readers tell apart; arms with alignment are dashed, too
@@ -97,14 +97,14 @@ def name_ends(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def draw_sizes(panel: Axes, arms: dict[str, Arm], floor: float) -> None:
-    """Last distance over the share of the bank's rows, with the ratio over `label`, and the baselines as lines."""
+    """Last distance over the share of the bank's rows, with the ratio over `label`, and those of labels as lines."""
     shown = {100 * share: arms[name] for name, share in SHARES.items() if name in arms}
     if len(shown) < 2:
         panel.set_axis_off()
         return
     panel.plot([*shown], [arm.final for arm in shown.values()], color=COLOURS["nearest-10"], marker="o", markersize=4)
     panel.set_xlim(0.5, 200)
-    ends = [(200, arms[name].final, name, COLOURS[name]) for name in BASELINES if name in arms]
+    ends = [(200, arms[name].final, name, COLOURS[name]) for name in ("label", "label-align") if name in arms]
     for _, distance, name, colour in ends:
         panel.axhline(distance, color=colour, linewidth=1, linestyle=style(name))
     if "label" in arms:

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from scripts import arms as judged
-from scripts.arms import Arm, conditions, flattening, missing, reach, read_arms, read_run, sanity, steps_to, targets
+from scripts import arms as known
+from scripts.arms import Arm, missing, ratio_of, reach, read_arms, read_run, steps_to, targets
+from scripts.verdict import conditions, flattening, sanity, verdict
 
 STEPS = (500, 1000, 2000, 4000, 8000)
 SETTINGS = {"lr": 5e-4, "scale": 8.0, "k": 100, "model": "SiT-S/4"}
@@ -66,7 +67,7 @@ def test_ratios_of_mean_and_seeds(tmp_path):
     assert [seed.ratio for seed in seeds] == pytest.approx([2.5, 0, 16])  # 16 is the first point's, a bound
     assert [seed.steps for seed in seeds] == [pytest.approx(3200), None, 500]
     assert [seed.at_once for seed in seeds] == [False, False, True]
-    assert [judged.ratio_of(seed) for seed in seeds] == ["2.5×", "not reached", "≥ 16×"]
+    assert [ratio_of(seed) for seed in seeds] == ["2.5×", "not reached", "≥ 16×"]
 
 
 def test_label_with_its_best_guidance_is_a_target(tmp_path):
@@ -107,11 +108,14 @@ def test_the_mean_of_the_seeds_counts_at_steps_that_all_have(tmp_path):
 
 def judge(folder, factors=(2.5, 3, 4), label=FLAT, copies=(0.002, -0.001), steps=STEPS, **changes):
     """Conditions and verdict on nearest-10, a seed for each factor of its speed, beside a flat label."""
-    write(folder, "label", label, steps=STEPS[: len(label)])
+    for seed in range(3):
+        write(folder, "label", label, seed, steps=STEPS[: len(label)])
     for seed, factor in enumerate(factors):
         write(folder, "nearest-10", faster(factor, steps), seed, steps, copies=audit(*copies), **changes)
     found = conditions(read_arms(folder), "nearest-10")
-    return [one.passed for one in found], judged.verdict(found)
+    *passed, seeds = [one.passed for one in found]
+    assert seeds is (True if len(factors) == 3 else None)
+    return passed, verdict(found)
 
 
 def test_the_claim_holds_when_all_its_conditions_are_met(tmp_path):
@@ -121,51 +125,64 @@ def test_the_claim_holds_when_all_its_conditions_are_met(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "passed", "said"),
     [
-        ({"factors": (0.9, 0.95)}, [False, False, False, True, True], "fails, FD does not come down to label's"),
-        ({"factors": (1.99,)}, [True, False, True, True, True], "does not hold, for want of: ratio at least 2"),
-        ({"factors": (2.01,)}, [True] * 5, "holds"),
+        ({"factors": (0.9, 0.95, 0.95)}, [False, False, False, True, True], "fails, FD does not come down to label's"),
+        ({"factors": (1.99,) * 3}, [True, False, True, True, True], "does not hold, not met: ratio at least 2"),
+        ({"factors": (2.01,) * 3}, [True] * 5, "holds"),
         (
             {"factors": (9, 9, 0.99)},
             [True, True, False, True, True],
-            "does not hold, for want of: ratio above 1 for each seed",
+            "does not hold, not met: ratio above 1 for each seed",
         ),
         (
             {"training": 1.9},  # label's is 1.5
             [True, True, True, False, True],
-            "does not hold, for want of: same order by FD to training images",
+            "does not hold, not met: same order by FD to training images",
         ),
         (
             {"copies": (0.002, 0.0101)},
             [True, True, True, True, False],
-            "does not hold, for want of: excess of near copies below 1%",
+            "does not hold, not met: excess of near copies below 1%",
         ),
-        ({"copies": ()}, [True, True, True, True, None], "open, for want of: excess of near copies below 1%"),
+        ({"copies": ()}, [True, True, True, True, None], "open; not known: excess of near copies below 1%"),
         (  # it may yet come down to label's
-            {"factors": (1.5,), "steps": STEPS[:4]},
+            {"factors": (1.5,) * 3, "steps": STEPS[:4]},
             [None, None, None, None, True],
-            "open, for want of: passes label, ratio at least 2, ratio above 1 for each seed, same order by FD to "
+            "open; not known: passes label, ratio at least 2, ratio above 1 for each seed, same order by FD to "
             "training images",
         ),
         (  # it has come down already, while the order waits
-            {"factors": (3,), "steps": STEPS[:4]},
+            {"factors": (3,) * 3, "steps": STEPS[:4]},
             [True, True, True, None, True],
-            "open, for want of: same order by FD to training images",
+            "open; not known: same order by FD to training images",
         ),
         (  # and too late
-            {"factors": (1.5,), "steps": (500, 6000)},
+            {"factors": (1.5,) * 3, "steps": (500, 6000)},
             [True, False, True, None, True],
-            "does not hold, for want of: ratio at least 2",
+            "does not hold, not met: ratio at least 2; not known: same order by FD to training images",
         ),
         (
             {"label": FLAT[:4]},  # whose last distance is not known
             [None, None, None, None, True],
-            "open, for want of: passes label, ratio at least 2, ratio above 1 for each seed, same order by FD to "
+            "open; not known: passes label, ratio at least 2, ratio above 1 for each seed, same order by FD to "
             "training images",
         ),
     ],
 )
 def test_the_claim_names_what_is_not_met(tmp_path, changes, passed, said):
     assert judge(tmp_path, **changes) == (passed, said)
+
+
+def test_too_few_seeds_decide_nothing_for_good(tmp_path):
+    """Three of label and of a primary arm, one of another; a failure so far is said to be one."""
+    assert judge(tmp_path / "two", (2.5, 3))[1] == "open; not known: all seeds"
+    assert judge(tmp_path / "one", (0.9,))[1] == "fails, FD does not come down to label's; not known: all seeds"
+    judge(tmp_path / "three")
+    write(tmp_path / "three", "nearest-1", faster(3), copies=audit(0.002))
+    arms = read_arms(tmp_path / "three")
+    assert conditions(arms, "nearest-1")[-1].figures == "label 3, nearest-1 1"
+    assert verdict(conditions(arms, "nearest-1")) == "holds"
+    arms["label"].runs.pop()
+    assert verdict(conditions(arms, "nearest-1")) == "open; not known: all seeds"
 
 
 def test_the_order_is_that_of_all_primary_arms(tmp_path):
@@ -192,11 +209,10 @@ def controls(floor, snippets):
 
 def test_the_checks_before_any_result_is_believed(tmp_path):
     losses = {"own": 0.1, "random": 0.15, "nearest-10": 0.2, "none": 0.3, "label": 0.2, "class-mean": 0.2}
-    finals = {"class-mean": 2.9}
     for name, loss in losses.items():
-        write(tmp_path, name, [*FLAT[:4], finals.get(name, 2)], loss=loss)
+        write(tmp_path, name, [16, 8, 4, 3, 2.9] if name == "class-mean" else FLAT, loss=loss)
     arms = read_arms(tmp_path)
-    assert [one.passed for one in sanity(arms, controls(1.9, 3))] == [True] * 4
+    assert [one.passed for one in sanity(arms, controls(1.9, 3))] == [True] * 6
     assert sanity(arms, {})[2].passed is None
     assert sanity(arms, controls(1.9, 1.8))[2].figures == (
         "1.9; the next, nearest training images of the snippets (own), 1.8"
@@ -211,11 +227,35 @@ def test_the_checks_before_any_result_is_believed(tmp_path):
             write(other, name, FLAT, loss=loss)
         assert sanity(read_arms(other), controls(1.9, 3))[failing].passed is False
     write(tmp_path / "apart", "label", FLAT)
-    write(tmp_path / "apart", "class-mean", [*FLAT[:4], 3.1])
+    write(tmp_path / "apart", "class-mean", [16, 8, 4, 3.2, 3.1])
     found = sanity(read_arms(tmp_path / "apart"), {})
-    assert [one.passed for one in found] == [None, False, None, None]
+    assert [one.passed for one in found] == [None, False, None, None, True, True]
     assert found[1].figures == "class-mean 3.1, label 2 at 8,000 steps"
     assert found[0].figures == "takes own, random at one step"
+
+
+def test_all_but_rate_scale_and_bank_is_the_same_in_every_arm(tmp_path):
+    write(tmp_path, "none", FLAT, settings=SETTINGS | {"network": ["qk_norm=true"], "batch_size": 9})
+    write(tmp_path, "label", FLAT, settings=SETTINGS | {"network": ["qk_norm=true"], "lr": 1, "scale": None})
+    write(tmp_path, "own", FLAT, settings=SETTINGS | {"network": ["qk_norm=true"], "k": 7})
+    write(tmp_path, "random", FLAT)
+    found = sanity(read_arms(tmp_path), {})[4]
+    assert not found.passed
+    assert found.figures == "none has batch_size: 9 and None; random has network: None and ['qk_norm=true']"
+
+
+def test_a_curve_that_jumps_up_is_no_result(tmp_path):
+    """By less than a fifth is noise; and a baseline that rises by more has not flattened."""
+    write(tmp_path, "own", [16, 8, 9.5, 4, 4.7])
+    assert sanity(read_arms(tmp_path), {})[5].passed
+    write(tmp_path, "none", [16, 8, 4, 2, 2], seed=0)
+    write(tmp_path, "none", [16, 8, 10, 2, 131], seed=1)
+    arms = read_arms(tmp_path)
+    found = sanity(arms, {})[5]
+    assert not found.passed
+    assert found.figures == "none, seed 1, from 8 to 10 at 2,000 steps; none, seed 1, from 2 to 131 at 8,000 steps"
+    assert not flattening(arms["none"]).passed
+    assert flattening(arms["none"]).figures == "FD rises by 3225% from 4,000 to 8,000 steps"
 
 
 def test_checks_compare_at_the_last_step_in_common(tmp_path):
@@ -231,10 +271,10 @@ def test_checks_compare_at_the_last_step_in_common(tmp_path):
 def test_arms_and_data_sets_are_those_of_the_experiment():
     from scripts.miniature import ARMS, DATA
 
-    assert {*judged.PRIMARY, *judged.OTHERS} == {*ARMS}
-    assert {name: ARMS[name].share for name in judged.SHARES} == judged.SHARES
+    assert {*known.PRIMARY, *known.OTHERS} == {*ARMS}
+    assert {name: ARMS[name].share for name in known.SHARES} == known.SHARES
     glyphs = {name: data.characters for name, data in DATA.items() if data.characters and data.holdout == 0.1}
-    assert glyphs == judged.CHARACTERS
+    assert glyphs == known.CHARACTERS
 
 
 def test_folders_that_do_not_hold_arms_are_refused(tmp_path):
@@ -246,7 +286,7 @@ def test_folders_that_do_not_hold_arms_are_refused(tmp_path):
         read_arms(tmp_path)
     again.unlink()
     other = write(tmp_path, "own", [5] * 5, seed=1, settings=SETTINGS | {"k": 7})
-    with pytest.raises(ValueError, match="other settings, k: 7 and 100"):
+    with pytest.raises(ValueError, match="other settings, k: 7 and 100; move one away"):
         read_arms(tmp_path)
     other.unlink()
     unscored = json.loads(first.read_text()) | {"curve": [{"step": 1, "holdout_loss": 0.1}]}
