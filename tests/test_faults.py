@@ -1,9 +1,11 @@
 """Disks that are full or read-only, and folders that vanish: an error that says so, and nothing lost."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,29 +84,55 @@ def test_a_folder_in_which_another_command_works_is_refused(stages, stage, folde
         assert [path.name for path in (tmp_path / folder).iterdir()] == [CLAIM]
 
 
-def test_ten_readers_of_a_store_that_is_extended(stages, tmp_path):
-    """While features are added, readers see the store as it was, and then with them; a second writer is refused."""
-    shutil.copytree(stages / "encode" / "store", tmp_path / "store")
-    shutil.copytree(stages / "encode" / "store-holdout", tmp_path / "store-holdout")
-    reader = (
-        "import sys, time, numpy as np\nfrom dataset import LatentDataset\nseen = set()\n"
-        "until = time.time() + float(sys.argv[2])\n"
-        "while time.time() < until:\n"
-        "    data = LatentDataset(sys.argv[1])\n"
-        "    rows = np.arange(len(data)); data.fetch(rows, rows % 2)\n"
-        "    seen.add(len(data.meta['encoders']))\n"
-        "print(*sorted(seen))\n"
-    )
-    words = [sys.executable, "-c", reader, str(tmp_path / "store"), "8"]
-    readers = [subprocess.Popen(words, cwd=chaos.ROOT, stdout=subprocess.PIPE, text=True) for _ in range(10)]
-    add = [str(stages / "images"), "--out", str(tmp_path / "store"), "--add", "efficientnet-lite0@48", "--workers", "0"]
-    chaos.encode_dataset.main(add)
-    outputs = [process.communicate()[0].split() for process in readers]
-    assert all(process.returncode == 0 for process in readers)
-    assert all(set(seen) <= {"1", "2"} for seen in outputs)
-    assert len(LatentDataset(tmp_path / "store", encoder="efficientnet-lite0@48")) == len(
-        LatentDataset(stages / "encode" / "store")
-    )
+def test_ten_readers_of_a_store_that_is_extended(stages, tmp_path, monkeypatch):
+    """While features are added, readers see the store as it was, and at last with them; a second writer is refused."""
+    for name in ("store", "store-holdout"):
+        shutil.copytree(stages / "encode" / name, tmp_path / name)
+    context = multiprocessing.get_context("fork")
+    begun, done, reads = context.Barrier(11), context.Event(), context.Value("i", 0)
+    whole = LatentDataset(stages / "encode" / "store", encoder="efficientnet-lite0@32")
+    rows = np.arange(len(whole))
+    expected = whole.fetch(rows, rows % 2)
+
+    def read():
+        seen, last = [], False
+        while not last:
+            last = done.is_set()
+            data = LatentDataset(tmp_path / "store", encoder="efficientnet-lite0@32")
+            batch = data.fetch(rows, rows % 2)
+            assert all(torch.equal(batch[name], values) for name, values in expected.items())
+            seen.append(len(data.meta["encoders"]))
+            if len(seen) == 1:
+                begun.wait()
+            time.sleep(0.05)
+        assert seen[0] == 1
+        assert seen[-1] == 2
+        with reads:
+            reads.value += len(seen)
+
+    words = [str(stages / "images"), "--out", str(tmp_path / "store"), "--add", "efficientnet-lite0@48"]
+    encode, refused = chaos.encode_dataset.encode_job, []
+
+    def with_a_rival(*arguments):
+        if not refused:
+            refused.append(1)
+            with pytest.raises(ValueError, match=r"store: process \d+ on .* is writing to this folder"):
+                chaos.encode_dataset.main([*words, "--workers", "0"])
+        encode(*arguments)
+
+    monkeypatch.setattr(chaos.encode_dataset, "encode_job", with_a_rival)
+    readers = [context.Process(target=read) for _ in range(10)]
+    for reader in readers:
+        reader.start()
+    begun.wait()
+    chaos.encode_dataset.main([*words, "--workers", "0"])
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert [reader.exitcode for reader in readers] == [0] * 10
+    assert reads.value > 3 * 10, "they also read meanwhile"
+    assert refused
+    assert len(LatentDataset(tmp_path / "store", encoder="efficientnet-lite0@48")) == len(whole)
 
 
 def test_a_checkpoint_folder_that_vanishes_comes_back(stages, tmp_path, monkeypatch):
