@@ -133,6 +133,11 @@ def test_the_claim_holds_when_all_its_conditions_are_met(tmp_path):
             [True, True, False, True, True],
             "does not hold, not met: ratio above 1 for each seed",
         ),
+        (  # longer than label, whose distance one seed has after 8,081 steps
+            {"factors": (9, 9, 0.99), "steps": (500, 16_000)},
+            [True, True, False, True, True],
+            "does not hold, not met: ratio above 1 for each seed",
+        ),
         (
             {"training": 1.9},  # label's is 1.5
             [True, True, True, False, True],
