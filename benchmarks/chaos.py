@@ -54,6 +54,11 @@ def copy_images(work: Path, count: int) -> None:
     make_assets.main(["images", *words, "--train", str(count), "--test", "1"])
 
 
+def load_libraries() -> None:
+    """Import what the commands import late; forks would spend most of a short stage on it."""
+    from diffusers import AutoencoderKL  # noqa: F401
+
+
 def commands(work: Path) -> dict[str, tuple[Callable, list[str]]]:
     """The stages of the path at small size: a command's `main` and its arguments; each writes into work/out."""
     images, store, bank = work / "images", work / "encode" / "store", work / "bank" / "bank"
@@ -342,6 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    load_libraries()
     work, draw = args.work.resolve(), random.Random(args.seed)
     work.mkdir(parents=True, exist_ok=True)
     copy_images(work, args.images)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.chaos import PATIENCE, Job, clear, commands, content, copy_images, files_of
+from benchmarks.chaos import PATIENCE, Job, clear, commands, content, copy_images, files_of, load_libraries
 from memory.files import write_json
 from memory.provenance import provenance
 
@@ -104,6 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    load_libraries()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     copy_images(work, args.images)

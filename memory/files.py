@@ -20,6 +20,7 @@ from pathlib import Path
 HOST = re.sub(r"\W", "-", platform.node())
 TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]*)-(?P<pid>\d+)\.tmp(\.[^.]+)?")
 DAY = 86_400  # seconds
+LONGEST = 10_000  # of a library's message that is read: it may quote a whole file
 
 
 @contextlib.contextmanager
@@ -98,13 +99,13 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         terse = isinstance(error, LookupError | AttributeError | TypeError | MemoryError)
         kind = f"{type(error).__name__}: " if terse else ""
-        reason = kind + " ".join(str(error).split())[:300]
+        reason = kind + " ".join(str(error)[:LONGEST].split())[:300]
         raise ValueError(f"{source}: {reason}; was it cut short or damaged? make or copy it again") from error
 
 
 def why_unreadable(error: Exception) -> str:
     """Why a torch file could not be read, in one line, without torch's advice to load it unsafely."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error)[:LONGEST].split())
     inner = pickle.UnpicklingError | LookupError | AttributeError | TypeError | EOFError | MemoryError
     if not isinstance(error, inner) and "weights_only" not in reason:
         return reason[:300]
