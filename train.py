@@ -57,6 +57,7 @@ FREE = {
     "micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path",
     "resident", "checkpoint_activations",
 }  # fmt: skip
+YOUNGER = {"warmup": 0}  # flags that older runs do not name, with what these did
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 8
@@ -86,7 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=400_000, help="train until this step")
     add("--batch-size", type=int, default=256, help="global batch")
     add("--micro-batch", type=int, help="images per forward pass of a process; the rest by accumulation")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant after --warmup")
+    add("--warmup", type=int, default=0, help="steps in which the learning rate rises linearly to --lr")
     add("--beta2", type=float, default=0.999, help="second-moment decay of AdamW")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights, warmed up as (1 + s)/(10 + s)")
@@ -114,7 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
     args = parser.parse_args(argv)
 
-    for least, names in ((1, "steps batch_size log_every save_every keep"), (0, "seed workers align_coeff")):
+    for least, names in ((1, "steps batch_size log_every save_every keep"), (0, "seed workers align_coeff warmup")):
         for name in names.split():
             if getattr(args, name) < least:
                 parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
@@ -213,7 +215,7 @@ class Trainer:
                 f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
             )
         self.network.checkpoint_activations = args.checkpoint_activations
-        self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay)
+        self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay, args.warmup)
         self.ema, self.optimizer = self.update.average, self.update.optimizer
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
 
@@ -282,6 +284,7 @@ class Trainer:
         else:
             return
         with reading(self.out):
+            there["args"] = YOUNGER | there["args"]
             lines = [
                 f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
                 for part in settings

@@ -21,10 +21,11 @@ class Update:
         lr, beta2: of AdamW (arXiv 1711.05101); the other constants are REPA's.
         clip: largest gradient norm.
         ema_decay: of the average, warmed up as min(ema_decay, (1 + s)/(10 + s)) at step s.
+        warmup: steps in which the learning rate rises to `lr`, as lr·(1 + s)/warmup; 0 starts at `lr`, as published.
     """
 
-    def __init__(self, network: nn.Module, lr: float, beta2: float, clip: float, ema_decay: float):
-        self.clip, self.ema_decay = clip, ema_decay
+    def __init__(self, network: nn.Module, lr: float, beta2: float, clip: float, ema_decay: float, warmup: int = 0):
+        self.lr, self.clip, self.ema_decay, self.warmup = lr, clip, ema_decay, warmup
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         self.parameters = [network.get_parameter(name) for name in trained]
@@ -43,6 +44,7 @@ class Update:
         gradients = [parameter.grad for parameter in self.parameters]
         norm = nn.utils.get_total_norm(gradients)
         share = 1 - min(self.ema_decay, (1 + step) / (10 + step))
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (1 + step) / max(1, self.warmup))
         if self.kernel and self.optimizer.state:  # which the first step makes
             states = [self.optimizer.state[parameter] for parameter in self.parameters]
             torch._foreach_add_([state["step"] for state in states], 1)

@@ -357,6 +357,37 @@ def test_ema_follows_its_warm_up(folder):
         torch.testing.assert_close(average, expected)
 
 
+def test_the_learning_rate_warms_up(folder):
+    """The first step of AdamW is proportional to its rate, here all of it, a half and a quarter; and a run that
+    continues stands where it would."""
+    weights = {}
+    for warmup in (0, 2, 4):
+        out = folder / f"warmup-{warmup}"
+        train.main(command(folder, out, "--steps", 1, "--warmup", warmup))
+        weights[warmup] = torch.load(out / "checkpoints" / "0000001.pt", weights_only=True)["model"]
+    for name, plain in weights[0].items():
+        half, quarter = weights[2][name], weights[4][name]
+        torch.testing.assert_close(plain - half, 2 * (half - quarter), rtol=1e-3, atol=2e-7)
+    assert any((plain - weights[2][name]).abs().max() > 4e-4 for name, plain in weights[0].items())
+    train.main(command(folder, folder / "warmup-4", "--steps", 6, "--warmup", 4))
+    train.main(command(folder, folder / "warmup-whole", "--steps", 6, "--warmup", 4))
+    parted, whole = final(folder / "warmup-4"), final(folder / "warmup-whole")
+    for part in ("model", "ema", "opt"):
+        assert_same(parted[part], whole[part])
+
+
+def test_a_run_from_before_the_warm_up_continues_without(folder):
+    train.main(command(folder, folder / "older", "--steps", 3))
+    path = folder / "older" / "checkpoints" / "0000003.pt"
+    state = torch.load(path, weights_only=True)
+    del state["args"]["warmup"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="warmup: the run has 0, this command 5"):
+        train.main(command(folder, folder / "older", "--steps", 6, "--warmup", 5))
+    train.main(command(folder, folder / "older", "--steps", 6))
+    assert final(folder / "older")["steps"] == 6
+
+
 @pytest.mark.parametrize("source", ["stored", "online"])
 def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
     """Patch tokens from the store, and from an encoder on its images, which are mirrored where the latent is; read by
