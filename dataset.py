@@ -136,7 +136,7 @@ class LatentDataset(Dataset):
         if not path.is_file():
             raise ValueError(f"{path} is missing: encode the store again, or copy it again with all its files")
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # of every kind, whatever is wrong with the file
             raise ValueError(f"{path} was cut short or is no npy file: copy or encode it again ({error})") from error
         if array.shape != shape or array.dtype != dtype:

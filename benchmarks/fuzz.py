@@ -13,6 +13,7 @@ import copy
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import select
@@ -340,13 +341,12 @@ def mutated_archive(data: bytes, draw: random.Random, planted: Path) -> bytes:
         members.append(list(chosen))
     elif change == 7:  # a few kilobytes that unpack to many megabytes
         chosen[1], chosen[2] = chosen[1] + bytes(draw.choice((1, 200)) << 20), zipfile.ZIP_DEFLATED
-    else:
+    elif chosen[0].endswith(".npy"):
         stream = io.BytesIO()
-        if chosen[0].endswith(".npy"):
-            np.save(stream, np.array([Planted(planted)], object), allow_pickle=True)
-        else:
-            torch.save({"ema": Planted(planted)}, stream, _use_new_zipfile_serialization=False)
+        np.save(stream, np.array([Planted(planted)], object), allow_pickle=True)
         chosen[1] = stream.getvalue()
+    else:
+        chosen[1] = pickle.dumps({"ema": Planted(planted)}, 2)
     result = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(result, "w") as archive:
         warnings.simplefilter("ignore")  # a doubled name
@@ -412,7 +412,7 @@ def check(name: str, number: int, seeds: Path, place: Path) -> str | None:
     shutil.copytree(seeds / target.folder, folder)
     file = folder / target.file
     file.write_bytes(mutated(file.read_bytes(), draw, planted))
-    began = time.monotonic()
+    began = time.process_time()  # of this process alone, since others may share the machine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -426,8 +426,8 @@ def check(name: str, number: int, seeds: Path, place: Path) -> str | None:
     if planted.exists():
         planted.rmdir()
         return "planted code ran"
-    if time.monotonic() - began > SECONDS:
-        return f"took {time.monotonic() - began:.1f} s"
+    if (seconds := time.process_time() - began) > SECONDS:
+        return f"took {seconds:.1f} s"
     return None
 
 

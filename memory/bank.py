@@ -199,7 +199,7 @@ def read_snippets(path: str, flag: str = "--snippets") -> torch.Tensor:
         raise ValueError(f"{flag} {path}: expected a rule that --help lists, or an existing .txt or .npy file")
     try:
         if file.suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
+            array = np.load(file, allow_pickle=False)[...]  # an npz of this name has no such part
         else:
             array = np.array(file.read_text().split(), np.int64)
     except Exception as error:  # of every kind, whatever is wrong with the file

@@ -42,6 +42,26 @@ def test_a_killed_process_holds_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
+def test_children_of_a_killed_process_hold_nothing(tmp_path):
+    """The reading processes of a command outlive it for seconds."""
+    context = multiprocessing.get_context("fork")
+    child = context.Value("i", 0)
+
+    def killed():
+        with claimed("--out", tmp_path):
+            child.value = os.fork() or signal.pause()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = context.Process(target=killed)
+    process.start()
+    process.join()
+    try:
+        with claimed("--out", tmp_path):
+            os.kill(child.value, 0)  # it lives
+    finally:
+        os.kill(child.value, signal.SIGKILL)
+
+
 def test_of_many_processes_one_at_a_time_holds_a_folder(tmp_path):
     def worker(folder, held):
         for _ in range(200):

@@ -492,6 +492,36 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fold
     assert [line["step"] for line in log(out)] == [1]
 
 
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_either_of_loss_and_gradient_stops_before_a_checkpoint(folder, part, monkeypatch):
+    """Also where no line of the log is due; the step's rows are named."""
+    accumulate, update = train.Trainer.accumulate, train.Update.__call__
+    odd = lambda step, value: torch.full_like(value, torch.inf) if step == 2 else value  # noqa: E731
+    if part == "loss":
+        monkeypatch.setattr(train.Trainer, "accumulate", lambda self, batch: odd(self.step, accumulate(self, batch)))
+    else:
+        monkeypatch.setattr(train.Update, "__call__", lambda self, step: odd(step, update(self, step)))
+    out = folder / f"infinite-{part}"
+    rows = re.escape(str(rows_of_step(IMAGES, 8, 0, 2).tolist()))
+    with pytest.raises(FloatingPointError, match=rf"of step 2 is not finite \(rows {rows}"):
+        train.main(command(folder, out, "--steps", 6, "--save-every", 2, "--log-every", 100, "--eval-every", 100))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
+
+
+def test_the_only_checkpoint_stays_until_the_next_is_whole(folder, monkeypatch):
+    out, write = folder / "only", train.write_checkpoint
+
+    def full(path, state):
+        if path.stem == "0000004":
+            raise OSError("the disk filled up")
+        write(path, state)
+
+    monkeypatch.setattr(train, "write_checkpoint", full)
+    with pytest.raises(OSError, match="filled up"):
+        train.main(command(folder, out, "--steps", 6, "--save-every", 2, "--keep", 1))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
+
+
 def test_dry_run_says_everything_and_writes_nothing(folder, capsys):
     train.main([*command(folder, folder / "dry"), "--dry-run", "--model", "SiT-S/2", "--stage", str(folder / "stage")])
     printed = capsys.readouterr().out
