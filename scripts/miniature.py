@@ -48,8 +48,7 @@ ENCODER, METRIC = "efficientnet-lite0", "regnetx_002@64"  # of the snippets, and
 CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6, 36)  # searched: learning rate, factor on the condition
 ALIGN = f"{ENCODER}@256"  # of the alignment: 8 × 8 patches, as many as the network has tokens; 164 kB of them an image
-NETWORK = ("qk_norm=true",)  # in every arm, as is the warm-up: at these learning rates losses jump without
-WARMUP = 250  # steps
+WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's own, losses jump at these learning rates
 SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
 SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
@@ -257,7 +256,7 @@ class Miniature:
         bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
         settings = {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
         settings |= {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC}
-        settings |= {"network": [*NETWORK], "warmup": WARMUP}
+        settings |= {"warmup": WARMUP, "beta2": BETA2}
         folder = args.root / "runs" / args.dataset / name
         log = read_json(path) if path.is_file() else {}
         cut_off = log.get("steps", 0) < args.steps and not folder.is_dir()  # a curve is of one training
@@ -340,15 +339,15 @@ class Miniature:
     def training(self, arm: str, bank: Path | None, lr: float, scale: float | None) -> list[str]:
         """What train.py is told of an arm."""
         args, spec = self.args, ARMS[arm]
-        options = [*NETWORK, *spec.options]
+        options = [*spec.options]
         if "snippet" in spec.condition:
             options += [f"snippet_scale={scale:g}"]
         if "label" in spec.condition:
             options += [f"label_scale={scale:g}"]
         words = ["--store", str(self.store), "--model", args.model, "--condition", spec.condition, "--lr", f"{lr:g}"]
-        words += ["--warmup", str(WARMUP), "--batch-size", str(args.batch_size), "--resident"]
+        words += ["--warmup", str(WARMUP), "--beta2", str(BETA2), "--batch-size", str(args.batch_size), "--resident"]
         words += ["--align-coeff", "0.5", "--align-encoder", ALIGN] if spec.aligned else []
-        words += ["--model-options", *options]
+        words += ["--model-options", *options] if options else []
         words += ["--bank", str(bank), "--snippet-from", "own" if spec.share == 1 else "nearest"] if bank else []
         return words
 
