@@ -101,7 +101,10 @@ class VAECodec:
         if type(layers) is not int or not 0 < layers <= MOST_LAYERS:  # a damaged number would be built for hours
             raise ValueError(f"{folder / CONFIG}: layers_per_block is {layers!r}, expected 1 to {MOST_LAYERS}")
         with reading(f"codec {name!r} in {folder}"):
-            self.vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+            options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            self.vae, found = AutoencoderKL.from_pretrained(folder, **options)
+            if found["missing_keys"]:  # diffusers draws them at random
+                raise ValueError(f"{WEIGHTS} lacks {', '.join(sorted(found['missing_keys'])[:4])}; copy it again")
             self.vae.to(self.device).eval().requires_grad_(False)
             self._take(self.vae.config, scale)
         if self.device.type == "cuda":

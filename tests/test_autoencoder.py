@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from memory.files import sha256
 from models.autoencoder import CONFIG, WEIGHTS, check_codec, codecs, latents_from_moments, load_codec, to_uint8
@@ -223,3 +224,19 @@ def test_hub_codecs_read_the_cached_folder(folder, monkeypatch):
     assert scales == {"sd-vae-ft-mse": 0.18215, "sd-vae-ft-ema": 0.18215, "organisation/repository": 0.9}
     assert asked.pop("organisation/repository") is None
     assert asked == {name: commit for name, commit in COMMITS.items() if name in asked}
+
+
+def test_weights_that_lack_a_tensor_are_refused(folder):
+    """diffusers would draw it at random. Published VAEs name their attention's layers by older names, which count."""
+    path = Path(folder(3))
+    weights = load_file(path / WEIGHTS)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    older = {name: next((name.replace(*pair) for pair in names.items() if pair[0] in name), name) for name in weights}
+    assert any("query" in name for name in older.values())
+    save_file({older[name]: tensor for name, tensor in weights.items()}, path / WEIGHTS)
+    read = load_codec(str(path)).vae.state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"codec .*: diffusion_pytorch_model\.safetensors lacks decoder\.conv_in"):
+        load_codec(str(path))
