@@ -124,11 +124,13 @@ def test_ten_readers_of_a_store_that_is_extended(stages, tmp_path, monkeypatch):
     readers = [context.Process(target=read) for _ in range(10)]
     for reader in readers:
         reader.start()
-    begun.wait()
-    chaos.encode_dataset.main([*words, "--workers", "0"])
-    done.set()
-    for reader in readers:
-        reader.join()
+    try:
+        begun.wait()
+        chaos.encode_dataset.main([*words, "--workers", "0"])
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
     assert [reader.exitcode for reader in readers] == [0] * 10
     assert reads.value > 3 * 10, "they also read meanwhile"
     assert refused
