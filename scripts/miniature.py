@@ -1,7 +1,7 @@
 """The paper's claim in miniature: one command for each arm, which makes whatever it needs that is not there yet.
 
-    python -m scripts.miniature glyphs label nearest-10 own --search            # the search, a run for each setting
-    python -m scripts.miniature glyphs label nearest-10 own --seeds 0 1 2       # the runs, at the settings it found
+    python -m scripts.miniature glyphs label nearest-10 own --search            # a run of seed 0 for each setting
+    python -m scripts.miniature glyphs label nearest-10 own --seeds 0 1 2       # the best of them, and other seeds
 
 evaluations/miniature.md is the protocol. Everything is done by the project's own commands, called one after another in
 this process; each log holds their lines. What is finished is skipped, so that runs can be spread over many calls, and
@@ -46,7 +46,8 @@ from scripts import derive_features, encode_dataset, make_glyphs, train_metric_e
 
 ENCODER, METRIC = "efficientnet-lite0", "regnetx_002@64"  # of the snippets, and of the score
 CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
-RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6, 36)  # searched: learning rate, factor on the condition
+RATES, SCALES = (5e-4, 1e-3, 2e-3), (1, 6)  # searched: learning rate, factor on the condition
+MIDDLE = 1e-3  # the rate at which scales are compared
 ALIGN = f"{ENCODER}@256"  # of the alignment: 8 × 8 patches, as many as the network has tokens; 164 kB of them an image
 WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's own, losses jump at these learning rates
 SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
@@ -90,7 +91,8 @@ class Arm:
 
 
 GUIDED = {f"guided-{scale}": ("--guide", "null", "--guidance-scale", str(scale)) for scale in (1.25, 1.5, 2.0)}
-SAMPLERS = {"sde-250": ("--sampler", "sde", "--steps", "250"), "heun-50": ("--sampler", "heun")}
+SAMPLERS = {"sde-250": ("--sampler", "sde", "--steps", "250"), "euler-250": ("--steps", "250")}
+SAMPLERS |= {"heun-50": ("--sampler", "heun"), "fp32": ("--precision", "fp32")}
 DRAWS = {"draw-random": ("--snippets", "random"), "snippets-held-out": ("--snippets", HELD_OUT)}
 
 ARMS = {
@@ -122,11 +124,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("dataset", choices=DATA, help="data set")
     add("arms", nargs="*", metavar="ARM", help=f"in this order: {', '.join(ARMS)}; none given: only the data")
     add("--seeds", type=int, nargs="+", default=[0], help="of the runs")
-    add("--search", action="store_true", help="search learning rate and scale, with the first seed")
+    add("--search", action="store_true", help="search learning rate and scale, with seed 0")
     add("--lr", type=float, help="learning rate, instead of what the search found, or would try")
     add("--scale", type=float, help="factor on the condition, likewise")
-    add("--steps", type=int, help="of training; 8,000, in the search 1,500")
-    add("--num-images", type=int, help="samples that are scored; 10,000, in the search 5,000")
+    add("--steps", type=int, default=8_000, help="of training")
+    add("--num-images", type=int, default=10_000, help="samples that are scored")
     add("--model", default="SiT-S/4", help="preset of models/sit.py")
     add("--batch-size", type=int, default=256, help="of training")
     add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
@@ -134,8 +136,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--root", type=Path, default=Path("runs/miniature"), help="folder of everything large")
     add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (1_500 if args.search else 8_000)
-    args.num_images = args.num_images or (5_000 if args.search else 10_000)
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"arms {', '.join(unknown)}: expected {', '.join(ARMS)}")
     if unsearched := [arm for arm in args.arms if args.search and ARMS[arm].like]:
@@ -222,53 +222,89 @@ class Miniature:
             call(build_bank, [*words, "--passes", str(arm.passes)])
         return folder
 
-    def found(self, arm: str) -> list[dict]:
-        """Logs of the search that holds for an arm, the lowest FD on held-out images first."""
-        logs = [read_json(path) for path in sorted(self.searched.glob("*.json"))]
-        searched = [log for log in logs if log["arm"] == (ARMS[arm].like or arm) and log["curve"]]
-        return sorted(searched, key=lambda log: log["curve"][-1]["held_out"]["fd"])
+    def best(self, arm: str) -> dict:
+        """Settings of the search's run with the lowest last FD on held-out images.
 
-    def search(self, arm: str) -> None:
-        """Runs over the scales at the middle learning rate, then over the other rates at the best scale; or the one run
-        whose learning rate or scale is given."""
-        args, given = self.args, (self.args.scale,) if self.args.scale else SCALES
-        for scale in (None,) if ARMS[arm].condition == "none" else given:
-            self.run(arm, args.seeds[0], args.lr or RATES[len(RATES) // 2], scale)
-        if args.lr is None and args.scale is None and (found := self.found(arm)):
-            for lr in RATES:
-                self.run(arm, args.seeds[0], lr, found[0]["settings"]["scale"])
+        Raises:
+            ValueError: no run of the arm's search gave a score.
+        """
+        logs = [read_json(path) for path in sorted(self.searched.glob("*.json"))]
+        scored = [log for log in logs if log["arm"] == arm and "copies" in log]
+        if not scored:
+            raise ValueError(f"{arm}: no run of the search in {self.searched} gave a score: give --lr and --scale")
+        return min(scored, key=lambda log: log["curve"][-1]["held_out"]["fd"])["settings"]
+
+    def scales(self, arm: str) -> tuple[float | None, ...]:
+        """Scales that the search of an arm tries, or the one that is given."""
+        given = SCALES if self.args.scale is None else (self.args.scale,)
+        return (None,) if ARMS[arm].condition == "none" else given
+
+    def search(self, arms: Sequence[str]) -> None:
+        """Runs of seed 0 over the scales, then over the other learning rates at the best scale; several processes share
+        them, and the second part waits for the first. A learning rate or a scale that is given is the only one."""
+        lr = self.args.lr or MIDDLE
+        for wait in (False, True):
+            for arm in arms:
+                for scale in self.scales(arm):
+                    self.tried(arm, lr, scale, wait)
+                if wait and self.args.lr is None:
+                    scale = self.best(arm)["scale"]
+                    for other in RATES:
+                        self.tried(arm, other, scale, wait=False)
+
+    def tried(self, arm: str, lr: float, scale: float | None, wait: bool) -> None:
+        """A run of the search, unless another process is at it; or, with `wait`, once that has ended."""
+        with self.claimed(f"search-{searched_name(arm, lr, scale)}", wait) as mine:
+            if mine:
+                self.run(arm, 0, lr, scale)
 
     def settings(self, arm: str) -> tuple[float, float | None]:
-        """Learning rate and scale of an arm: as given, or as found."""
-        lr, scale = self.args.lr, self.args.scale
-        if lr is None or (scale is None and ARMS[arm].condition != "none"):
-            if not (found := self.found(arm)):
-                raise ValueError(f"{arm}: nothing in {self.searched}: run --search, or give --lr and --scale")
-            best = found[0]["settings"]
-            lr, scale = lr or best["lr"], scale or best["scale"]
-        return lr, scale
+        """Learning rate and scale of an arm: as given, or as found by a search that has ended, for which this waits.
+
+        Raises:
+            ValueError: a run of the search is missing, or none gave a score.
+        """
+        if self.args.lr and (self.args.scale or ARMS[arm].condition == "none"):
+            return self.args.lr, self.args.scale
+        like = ARMS[arm].like or arm
+        for scale in self.scales(like):
+            self.ended(searched_name(like, MIDDLE, scale))
+        scale = self.best(like)["scale"]
+        for lr in RATES:
+            self.ended(searched_name(like, lr, scale))
+        best = self.best(like)
+        return self.args.lr or best["lr"], self.args.scale or best["scale"]
+
+    def ended(self, name: str) -> None:
+        """Wait until no process is at a run of the search; raise ValueError if it has not ended."""
+        with self.claimed(f"search-{name}", wait=True):
+            path = self.searched / f"{name}.json"
+            log = read_json(path) if path.is_file() else {}
+            if not log.keys() & {"copies", "diverged"}:
+                raise ValueError(f"nothing in {path}, or half a run: run --search, or give --lr and --scale")
 
     def run(self, arm: str, seed: int, lr: float, scale: float | None) -> None:
         """Train, then score each point; write the log after every part, and do no part that it has."""
         args, began = self.args, time.perf_counter()
-        name = f"search/{arm}-lr{lr:g}-scale{scale or 0:g}" if args.search else f"{arm}-{seed}"
+        name = f"search/{searched_name(arm, lr, scale)}" if args.search else f"{arm}-{seed}"
         path, samples = self.logs / f"{name}.json", args.root / "samples" / args.dataset / name
         bank = self.bank(ARMS[arm]) if "snippet" in ARMS[arm].condition else None
         settings = {"lr": lr, "scale": scale, "k": bank and len(MemoryBank.load(bank)), "model": args.model}
         settings |= {"batch_size": args.batch_size, "num_images": args.num_images, "metric": METRIC}
         settings |= {"warmup": WARMUP, "beta2": BETA2}
         folder = args.root / "runs" / args.dataset / name
+        if not path.is_file():
+            self.adopt(arm, seed, settings, path, folder)
         log = read_json(path) if path.is_file() else {}
         cut_off = log.get("steps", 0) < args.steps and not folder.is_dir()  # a curve is of one training
         if log.get("settings") != settings or (cut_off and "diverged" not in log):
             log = {"format": 1, "dataset": args.dataset, "arm": arm, "seed": seed, "settings": settings}
             log |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
-        points = [args.steps] if args.search else [*(step for step in CURVE if step < args.steps), args.steps]
+        points = [*(step for step in CURVE if step < args.steps), args.steps]
         left = [step for step in points if step not in [point["step"] for point in log["curve"]]]
         variants = {} if args.search or not args.variants else ARMS[arm].variants
         variants = {way: words for way, words in variants.items() if way not in log["variants"]}
-        audited = args.search or "copies" in log
-        if "diverged" in log or (audited and not left and not variants):
+        if "diverged" in log or ("copies" in log and not left and not variants):
             return
         if began - self.began + self.longest > args.seconds:
             print(f"{name}: not begun, its time would be over", flush=True)
@@ -295,7 +331,7 @@ class Miniature:
             log["curve"] = sorted([*log["curve"], point], key=lambda point: point["step"])
             write_json(path, log)
         last = self.trained(arm, words, folder, args.steps)
-        if not audited:
+        if "copies" not in log:
             if not (samples / str(args.steps)).is_dir():
                 self.sample(last, samples / str(args.steps), seed, draw)
             shutil.copyfile(samples / str(args.steps) / "preview.png", path.with_suffix(".png"))
@@ -384,9 +420,9 @@ class Miniature:
         return call(sample_ddp, [*base, *words])
 
     def score(self, samples: Path) -> dict[str, dict[str, float]]:
-        """Samples against held-out and, but for the search, training images, in the metric encoder's features."""
+        """Samples against held-out and training images, in the metric encoder's features."""
         found, references = {}, {"held_out": self.holdout, "training": self.store}
-        for name, reference in list(references.items())[: 1 if self.args.search else 2]:
+        for name, reference in references.items():
             out = samples / f"{name}.json"
             call(evaluator, [str(reference), str(samples / "samples.npz"), *self.metric, "--out", str(out)])
             found[name] = named(read_json(out)["metrics"])
@@ -422,14 +458,27 @@ class Miniature:
                 known["rows"][name] = {"num_images": figures["num_images"], **scores}
         write_json(path, known | {"made": found["run"]})
 
+    def adopt(self, arm: str, seed: int, settings: dict, path: Path, folder: Path) -> None:
+        """Take a run of the search, log and weights, for one of the same seed and settings, which would repeat it."""
+        for searched in sorted((self.logs / "search").glob("*.json")):
+            log = read_json(searched)
+            same = (log["arm"], log["seed"], log["settings"], log["steps"]) == (arm, seed, settings, self.args.steps)
+            if same and "copies" in log and not self.args.search:
+                write_json(path, log)
+                weights = self.args.root / "runs" / self.args.dataset / "search" / searched.stem
+                if weights.is_dir() and not folder.exists():
+                    shutil.copytree(weights, folder)
+
     def clean(self, folder: Path, last: Path, samples: Path) -> None:
-        """Remove what can be made again: of a search everything, of a run all but its last weights."""
+        """Remove what can be made again: all but the last weights."""
         shutil.rmtree(samples, ignore_errors=True)
-        if self.args.search:
-            shutil.rmtree(folder)
-        else:
-            for file in {*folder.glob("checkpoints/*.pt")} - {last}:
-                file.unlink()
+        for file in {*folder.glob("checkpoints/*.pt")} - {last}:
+            file.unlink()
+
+
+def searched_name(arm: str, lr: float, scale: float | None) -> str:
+    """What a run of the search is called."""
+    return f"{arm}-lr{lr:g}-scale{scale or 0:g}"
 
 
 def named(metrics: dict[str, float]) -> dict[str, float]:
@@ -471,12 +520,13 @@ def main(argv: list[str] | None = None) -> None:
     """Prepare the data set, then run the arms: all at the first seed, then all at the next."""
     args = parse(argv)
     miniature = Miniature(args)
-    for seed in args.seeds[: 1 if args.search else None]:
+    if args.search:
+        miniature.search(args.arms)
+        return
+    for seed in args.seeds:
         for arm in args.arms:
-            with miniature.claimed(f"search-{arm}" if args.search else f"{arm}-{seed}", wait=False) as mine:
-                if mine and args.search:
-                    miniature.search(arm)
-                elif mine:
+            with miniature.claimed(f"{arm}-{seed}", wait=False) as mine:
+                if mine:
                     miniature.run(arm, seed, *miniature.settings(arm))
 
 

@@ -1,6 +1,7 @@
 """The experiment end to end at toy size: what it writes, what it skips, and the settings it picks."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -52,7 +53,20 @@ def test_search_then_runs(places, monkeypatch, capsys):
     tried = [(found["settings"]["lr"], found["settings"]["scale"]) for found in logs]
     scores = {setting: found["curve"][-1]["held_out"]["fd"] for setting, found in zip(tried, logs, strict=True)}
     assert len(tried) == 3  # both scales at the middle rate, then the other rate at the better scale
-    assert not list((places / "root" / "runs" / "fashion" / "search").iterdir())
+    kept = (places / "root" / "runs" / "fashion" / "search").glob("*/checkpoints/*")
+    assert [path.name for path in kept] == ["0000002-ema.pt"] * 3
+
+    capsys.readouterr()
+    run(places, "nearest-10", "--search")
+    run(places, "nearest-10", "--seeds", "0")
+    assert "$" not in capsys.readouterr().out  # the best run of the search is the one of seed 0
+    assert log(places, "nearest-10-0") == min(logs, key=lambda found: found["curve"][-1]["held_out"]["fd"])
+    assert (places / "root" / "runs" / "fashion" / "nearest-10-0" / "checkpoints" / "0000002-ema.pt").is_file()
+    half = {key: value for key, value in logs[0].items() if key != "copies"}
+    searched[0].write_text(json.dumps(half))
+    with pytest.raises(ValueError, match=rf"nothing in .*{re.escape(searched[0].name)}, or half a run: run --search"):
+        run(places, "nearest-10", "--seeds", "3")
+    searched[0].write_text(json.dumps(logs[0]))
 
     monkeypatch.setattr(miniature, "CURVE", (1,))
     monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=HELD_OUT_DRAW))
@@ -115,7 +129,7 @@ def test_a_setting_that_diverges_loses(places, monkeypatch):
     assert (found["diverged"], found["curve"]) == ("the loss of step 57 is not finite", [])
     monkeypatch.setattr(miniature.train, "main", None)
     run(places, "none", "--lr", "1e9", "--search")  # is not tried again
-    with pytest.raises(ValueError, match="none: nothing in"):
+    with pytest.raises(ValueError, match=r"nothing in .*none-lr0\.001-scale0\.json, or half a run"):
         run(places, "none")
 
 
