@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import StepSampler, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.claim import claimed
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, check_folder, free_space, read_json, reading, remove_stale, write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
@@ -49,6 +49,7 @@ from models.replay import WARM_STEPS, Replay
 from models.sit import SiT, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
+from scripts.needs import describe, missing
 from scripts.stop import StopSignal, leave_signals_alone
 
 # What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
@@ -67,10 +68,7 @@ TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a check
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; defaults are the published recipe."""
-    parser = argparse.ArgumentParser(
-        description="Train a SiT on a store of latents with the snippets of a memory bank.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--store", required=True, help="folder written by scripts.encode_dataset")
     add("--bank", help="bank.pth, or its folder, written by memory.build_bank")
@@ -78,15 +76,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--holdout", help="store of held-out images to evaluate on; STORE-holdout where it exists")
 
     add("--model", default="SiT-XL/2", choices=SiT_models, metavar="NAME", help="a preset of models/sit.py")
-    add("--model-options", nargs="+", default=[], metavar="NAME=VALUE", help="of SiT, such as null_dropout=0.1")
+    add("--model-options", nargs="+", default=[], metavar="NAME=VALUE", help="of SiT, as null_dropout=0.1")
     add("--condition", default="snippet", choices=conditions, help="what the network is told of an image")
-    add("--snippet-from", default="nearest", choices=("nearest", "own"), help="the bank's row, or the image's feature")
+    add("--snippet-from", default="nearest", choices=("nearest", "own"), help="row nearest to an image, or its feature")
     add("--encoder", help="encoder of the snippets where no bank says so")
     add("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint")
 
     add("--steps", type=int, default=400_000, help="train until this step")
     add("--batch-size", type=int, default=256, help="global batch")
-    add("--micro-batch", type=int, help="images per forward pass of a process; the rest by accumulation")
+    add("--micro-batch", type=int, help="images at once in a process, the rest by accumulation; all if not given")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant after --warmup")
     add("--warmup", type=int, default=0, help="steps in which the learning rate rises linearly to --lr")
     add("--beta2", type=float, default=0.999, help="second-moment decay of AdamW")
@@ -95,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--interpolant", default="linear", choices=interpolants, help="path between data and noise")
     add("--time", default="uniform", choices=time_distributions, help="distribution of training times")
     add("--align-coeff", type=float, default=0.0, help="weight of the alignment term (REPA: 0.5)")
-    add("--align-encoder", help="encoder of those patch tokens: in the store, or run online on the store's images")
+    add("--align-encoder", help="encoder whose patch tokens are the target, in the store or run online on its images")
     add("--align-encoder-weights", help="weights file of an encoder that runs online")
     add("--seed", type=int, default=0, help="seed of weights, data order and every draw")
     add("--precision", choices=("bf16", "fp32"), help="of the network; bf16 where a GPU has it, else fp32 (tf32 there)")
@@ -111,22 +109,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resident", action="store_true", help="keep all that steps read on the GPU (latents of 1.28M images: 21 GB)")
     add("--workers", type=int, default=2, help="reading processes for each training process")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
-    add("--checkpoint-activations", action="store_true", help="less memory for a third more time: compute them twice")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile and, on a GPU, replay; on with a GPU")
-    add("--dry-run", action="store_true", help="print configuration, parameters, memory, disk, missing files; leave")
+    add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more time")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay as CUDA graphs; on with a GPU")
+    add("--dry-run", action="store_true", help="only print configuration, parameters, memory, disk, missing files")
     args = parser.parse_args(argv)
 
-    for least, names in ((1, "steps batch_size log_every save_every keep"), (0, "seed workers align_coeff warmup")):
+    positive = "steps batch_size micro_batch log_every save_every keep"
+    others = "seed workers align_coeff warmup snapshot_every eval_every sample_every"
+    for least, names in ((1, positive), (0, others)):
         for name in names.split():
-            if getattr(args, name) < least:
-                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-    for name in ("snapshot_every", "eval_every", "sample_every"):
-        if getattr(args, name) < 0:
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number of steps, or 0 for never"
-            )
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error(f"--micro-batch {args.micro_batch}: expected at least 1")
+            if (value := getattr(args, name)) is not None and value < least:
+                parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if not 0 <= args.ema_decay < 1 or not args.clip > 0 or not args.lr > 0:
         parser.error("expected 0 <= --ema-decay < 1, --clip > 0 and --lr > 0")
     for name in ("align_encoder", "align_encoder_weights"):
@@ -570,49 +563,6 @@ def write_checkpoint(path: Path, state: dict) -> None:
     """Write a checkpoint whole; through a stream, because torch.save puts a file's name into it."""
     with atomic(path) as temporary, open(temporary, "wb") as stream:
         torch.save(state, stream)
-
-
-def missing(args: argparse.Namespace) -> list[str]:
-    """What the command names that is not there, a line each."""
-    wanted = {"--store": Path(args.store) / "meta.json"}
-    if args.holdout:
-        wanted["--holdout"] = Path(args.holdout) / "meta.json"
-    begun = any(Path(args.out, "checkpoints").glob("*.pt"))  # then --init has served
-    for flag in ("bank", "align_encoder_weights") if begun else ("bank", "align_encoder_weights", "init"):
-        if getattr(args, flag):
-            wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
-    makers = {"--store": "scripts.encode_dataset", "--holdout": "scripts.encode_dataset", "--bank": "memory.build_bank"}
-    remedies = {flag: f"; `python -m {maker}` makes it" for flag, maker in makers.items()}
-    absent = [(flag, path) for flag, path in wanted.items() if not path.exists()]
-    return [f"{flag}: {path} does not exist{remedies.get(flag, '; give the path of a file')}" for flag, path in absent]
-
-
-def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:
-    """The configuration with its parameters, memory and disk, for --dry-run."""
-    count = sum(parameter.numel() for parameter in network.parameters())
-    depth, (_, tokens, width) = len(network.blocks), network.pos_embed.shape
-    local = args.batch_size // processes
-    micro = args.micro_batch or local
-    parts = local // micro
-    # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block,
-    # 20 around them, and bf16 copies of the weights until the backward pass; checkpointed, 6 a block, one block whole.
-    kept = (6 * depth + 41 if args.checkpoint_activations else 41 * depth) + 20
-    activations = kept * tokens * width * micro
-    bytes_a_weight = 20 if args.checkpoint_activations else 22
-    images = args.steps * args.batch_size
-    if "store" in facts:
-        images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
-    lines = [
-        json.dumps({**vars(args), **facts, "model_config": network.config}, indent=2),
-        f"parameters        {count:,}",
-        f"images            {images}",
-        f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
-        f"memory a process  {bytes_a_weight * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
-        f"{activations / 1e9:.2f} GB of activations (estimate)",
-        f"disk              {16 * count / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
-        f"{4 * count / 1e9:.2f} GB a snapshot; {free_space(args.out) / 1e9:.1f} GB are free",
-    ]
-    return "\n".join(lines)
 
 
 def launch(args: argparse.Namespace) -> accelerate.Accelerator:

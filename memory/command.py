@@ -1,5 +1,6 @@
-"""How a command ends: what its user can mend is one line, and our own mistakes keep their traceback."""
+"""How a command explains itself and how it ends: one line for what its user can mend, a traceback for our mistakes."""
 
+import argparse
 import dis
 import json
 import os
@@ -12,6 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
 RAISE = dis.opmap["RAISE_VARARGS"]
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """For --help: a module's docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def execute(main: Callable[[], object]) -> None:

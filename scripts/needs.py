@@ -1,0 +1,51 @@
+"""What a training run needs, said before it starts: files, parameters, memory, disk."""
+
+import argparse
+import json
+from pathlib import Path
+
+from memory.files import free_space
+from models.sit import SiT
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """What the command names that is not there, a line each."""
+    wanted = {"--store": Path(args.store) / "meta.json"}
+    if args.holdout:
+        wanted["--holdout"] = Path(args.holdout) / "meta.json"
+    begun = any(Path(args.out, "checkpoints").glob("*.pt"))  # then --init has served
+    for flag in ("bank", "align_encoder_weights") if begun else ("bank", "align_encoder_weights", "init"):
+        if getattr(args, flag):
+            wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
+    makers = {"--store": "scripts.encode_dataset", "--holdout": "scripts.encode_dataset", "--bank": "memory.build_bank"}
+    remedies = {flag: f"; `python -m {maker}` makes it" for flag, maker in makers.items()}
+    absent = [(flag, path) for flag, path in wanted.items() if not path.exists()]
+    return [f"{flag}: {path} does not exist{remedies.get(flag, '; give the path of a file')}" for flag, path in absent]
+
+
+def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:
+    """The configuration with its parameters, memory and disk, for --dry-run."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    depth, (_, tokens, width) = len(network.blocks), network.pos_embed.shape
+    local = args.batch_size // processes
+    micro = args.micro_batch or local
+    parts = local // micro
+    # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block,
+    # 20 around them, and bf16 copies of the weights until the backward pass; checkpointed, 6 a block, one block whole.
+    kept = (6 * depth + 41 if args.checkpoint_activations else 41 * depth) + 20
+    activations = kept * tokens * width * micro
+    bytes_a_weight = 20 if args.checkpoint_activations else 22
+    images = args.steps * args.batch_size
+    if "store" in facts:
+        images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
+    lines = [
+        json.dumps({**vars(args), **facts, "model_config": network.config}, indent=2),
+        f"parameters        {count:,}",
+        f"images            {images}",
+        f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
+        f"memory a process  {bytes_a_weight * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
+        f"{activations / 1e9:.2f} GB of activations (estimate)",
+        f"disk              {16 * count / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "
+        f"{4 * count / 1e9:.2f} GB a snapshot; {free_space(args.out) / 1e9:.1f} GB are free",
+    ]
+    return "\n".join(lines)
