@@ -508,6 +508,20 @@ def test_either_of_loss_and_gradient_stops_before_a_checkpoint(folder, part, mon
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
 
 
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder):
+    store, out = folder / "one-bad-row", folder / "bad-in-one"
+    write_bank(folder / "one-bad-bank", write_store(store))
+    moments = np.load(store / "latents.npy")
+    moments[rows_of_step(IMAGES, 8, 0, 2)[5]] = np.nan  # of the second process, in the third step alone
+    np.save(store / "latents.npy", moments)
+    words = ("--steps", 5, "--save-every", 1, "--store", store, "--bank", folder / "one-bad-bank")
+    run = [sys.executable, *TORCHRUN, "train.py", *command(folder, out, *words)]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "of step 2 is not finite" in ended.stderr
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["0000001.pt", "0000002.pt"]
+
+
 def test_the_only_checkpoint_stays_until_the_next_is_whole(folder, monkeypatch):
     out, write = folder / "only", train.write_checkpoint
 
