@@ -42,7 +42,7 @@ def update_kernel(
     which = tl.load(of + tl.program_id(0))
     start = tl.load(starts + tl.program_id(0))
     left = tl.load(sizes + which) - start
-    factor = tl.minimum(clip / (tl.load(norm) + 1e-6), 1.0)
+    factor = tl.minimum(clip / (tl.load(norm) + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
     weight = numbers_of(places, which, start, block, alignment)
     gradient = numbers_of(places + tensors, which, start, block, alignment)
     first = numbers_of(places + 2 * tensors, which, start, block, alignment)
@@ -72,19 +72,21 @@ class Kernel:
         """Step `step`, from 1 on, of AdamW without decay, then the average, which moves by `share`, all in place.
 
         Args:
-            tensors: float32 lists: weights, gradients, first and second moments, averages.
+            tensors: contiguous float32 lists: weights, gradients, first and second moments, averages.
             norm: of the gradients before they are clipped to `clip`, ().
             optimizer: lr, betas and eps.
         """
         addresses = [tensor.data_ptr() for part in tensors for tensor in part]
         if addresses != self.addresses:  # gradients move until steps are replayed
+            assert all(tensor.is_contiguous() and tensor.dtype is torch.float32 for part in tensors for tensor in part)
             places = torch.tensor(addresses, pin_memory=norm.is_cuda)
             self.addresses, self.places = addresses, places.to(norm.device, non_blocking=True)
         beta1, beta2 = optimizer["betas"]
         rate, root = optimizer["lr"] / (1 - beta1**step), (1 - beta2**step) ** 0.5
         constants = clip, rate, root, 1 - beta1, 1 - beta2, optimizer["eps"], share
         alignment = 4 if any(place % 16 for place in addresses) else 16
-        update_kernel[(len(self.of),)](
-            self.places, self.sizes, self.of, self.starts, norm, len(self.sizes), *constants,
-            block=BLOCK, alignment=alignment, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(norm):  # Triton launches on the current GPU
+            update_kernel[(len(self.of),)](
+                self.places, self.sizes, self.of, self.starts, norm, len(self.sizes), *constants,
+                block=BLOCK, alignment=alignment, num_warps=WARPS,
+            )  # fmt: skip

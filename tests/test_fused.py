@@ -1,18 +1,20 @@
 """The Triton kernels equal plain arithmetic: interpreted on a CPU, and compiled inside a network on a GPU."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
-from models import kernels
+from models import kernels, update
 from models.sit import SiT_models
 
 pytest.importorskip("triton")
@@ -108,8 +110,63 @@ def check_adamw(device):
             assert relative(given, wanted) < 1e-6
 
 
+def make_update(kernel, device):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(37, 41), torch.nn.Linear(41, 64)).to(device)
+    with mock.patch.multiple(update, can_fuse=lambda device: kernel, triton_works=lambda: True):
+        made = update.Update(network, 1e-2, 0.99, clip=0.5, ema_decay=0.99, warmup=3)
+    if made.kernel:
+        made.kernel = mock.Mock(wraps=made.kernel)
+    return made
+
+
+def gradients_of(step, parameters, bucket):
+    """The same in every call; as tensors of their own, or as DDP keeps them, one behind the other."""
+    torch.manual_seed(step)
+    values = [10.0 ** -(2 * step) * torch.randn(parameter.shape) for parameter in parameters]
+    if not bucket:
+        return [value.to(parameters[0].device) for value in values]
+    flat = torch.cat([value.flatten() for value in values]).to(parameters[0].device)
+    return [part.view_as(value) for part, value in zip(flat.split([v.numel() for v in values]), values, strict=True)]
+
+
+@torch.no_grad()
+def check_update(device, bucket, last):
+    """By the kernel and by PyTorch: with a rate that rises, clipped and not, over a continuation from the second step's
+    state, and where the `last` gradient has a number that is not finite."""
+    updates = [make_update(kernel, device) for kernel in (True, False)]
+    for step in range(4):
+        if step == 2:
+            for place, stopped in enumerate(updates):
+                assert stopped.kernel is None or stopped.kernel.call_count == 1  # the first step is PyTorch's
+                updates[place] = make_update(place == 0, device)
+                for part in ("parameters", "averages"):
+                    torch._foreach_copy_(getattr(updates[place], part), getattr(stopped, part))
+                updates[place].optimizer.load_state_dict(copy.deepcopy(stopped.optimizer.state_dict()))
+        norms = []
+        for made in updates:
+            gradients = gradients_of(step, made.parameters, bucket)
+            if step == 3:
+                gradients[0][0, 3] = last
+            for parameter, gradient in zip(made.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            norms.append(made(step))
+        torch.testing.assert_close(*norms, equal_nan=True)
+        for part in (lambda made: made.parameters, lambda made: made.averages, states_of):
+            for given, expected in zip(*map(part, updates), strict=True):
+                torch.testing.assert_close(given, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
+    assert updates[0].kernel.call_count == 2
+
+
+def states_of(made):
+    """Steps and moments."""
+    return [tensor for state in made.optimizer.state.values() for tensor in state.values()]
+
+
 def interpreted_kernels():
     check_adamw("cpu")
+    for bucket, last in ((False, 1e-6), (True, math.inf), (True, math.nan)):
+        check_update("cpu", bucket, last)
     check_activate("cpu", tokens=50, width=600, dtype=torch.float32, tolerance=1e-6)
     check_join("cpu", tokens=4, width=24, dtype=torch.float32, tolerance=1e-6)
     for tokens, size in ((256, 72), (128, 64), (64, 64)):
@@ -125,6 +182,8 @@ def test_the_kernels_as_interpreted(root):
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu():
     check_adamw("cuda")
+    for bucket, last in ((False, 1e-6), (True, math.inf), (True, math.nan)):
+        check_update("cuda", bucket, last)
     check_activate("cuda", tokens=100, width=4608, dtype=torch.bfloat16, tolerance=3e-3)
     check_join("cuda", tokens=64, width=1152, dtype=torch.bfloat16, tolerance=3e-3)
     for tokens, heads, size in ((256, 16, 72), (256, 4, 64), (64, 6, 64)):
