@@ -32,7 +32,7 @@ from tqdm import tqdm
 from loss import interpolants
 from memory.bank import read_snippets, snippet_rules
 from memory.claim import claimed
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import sha256
 from memory.output import Output
 from memory.provenance import peak_memory, provenance
@@ -67,38 +67,32 @@ label_rules: dict[str, Callable[[int, Tensor, int], Tensor]] = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; defaults are the published sampling."""
-    parser = argparse.ArgumentParser(
-        description="Generate images from a trained network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="a checkpoint of train.py or a published one, or a run's folder for its latest",
-    )
+    add("--checkpoint", required=True, help="a file, train.py's or a published one; or a run's folder for its latest")
     add("--weights", default="ema", choices=WEIGHTS, help="averaged or last weights")
-    add("--bank", help="bank.pth, or its folder, in place of the one that the checkpoint names")
-    add("--codec", help="name or folder of the codec to decode with, in place of the one that the checkpoint names")
+    add("--bank", help="bank.pth, or its folder, if not the one that the checkpoint names")
+    add("--codec", help="name or folder of the decoder, if not the one that the checkpoint names")
     add("--out", required=True, help="folder of the images; an unfinished run in it continues")
-    add("--num-images", type=int, default=50_000, help="N")
+    add("--num-images", type=int, default=50_000, help="how many, from image 0 on")
     batches = f"images at once in each process; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU"
     add("--batch-size", type=int, help=batches)
-    compiling = f"compile network and decoder; without this flag the network from {COMPILE_FROM} images a process on a "
-    compiling += f"GPU, the decoder from {COMPILE_DECODER_FROM:,}"
+    compiling = f"compile network and decoder; if neither is given, on a GPU the network from {COMPILE_FROM} images a "
+    compiling += f"process on, the decoder from {COMPILE_DECODER_FROM:,}"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    rules = "row of the bank by the starting noise (published) or by frequency; or a file whose entry i mod M is image "
-    rules += "i's: row numbers (.txt, or .npy of M integers) or vectors (.npy of (M, F) floats)"
+    rules = "rows of the bank by the starting noise (published), or at random by frequency; or a file of entries that "
+    rules += "images take in turn: row numbers (.txt, or .npy of integers) or vectors (.npy of (M, F) floats)"
     add("--snippets", default="noise", metavar="noise|random|FILE", help=rules)
-    labels = "labels of a label-conditioned network; or a file (.txt, .npy) whose entry i mod M is image i's"
+    labels = "of a label-conditioned network; or a file (.txt, .npy) of labels that images take in turn"
     add("--labels", default="random", metavar="random|balanced|FILE", help=labels)
     add("--sampler", default="sde", choices=samplers, help="sde is Euler-Maruyama; euler and heun solve the ODE")
-    add("--steps", type=int, default=250, help="grid points of the SDE, steps of the ODE")
-    add("--last-step", type=float, default=LAST_STEP, help="time at which the SDE's noise ends; no part of the ODE")
+    add("--steps", type=int, default=250, help="steps of the ODE, grid points of the SDE")
+    add("--last-step", type=float, default=LAST_STEP, help="time at which the SDE's noise ends; not read by the ODE")
     add("--guide", metavar="null|CHECKPOINT", help="lead away from the null condition, or from a weaker network")
     add("--guidance-scale", type=float, help="1 changes nothing; needed with --guide")
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="times guided")
-    add("--guidance-channels", type=int, help="guide only the first so many channels (SiT's published figures: 3)")
+    add("--guidance-channels", type=int, help="guide the first so many channels alone; SiT's figures: 3")
     add("--precision", choices=("bf16", "fp32"), help="autocast of the network; bf16 where a GPU has it, else fp32")
     add("--uint8", default="round", choices=("round", "truncate"), help="pixels to integers; GMem and REPA truncate")
     add("--format", default="both", choices=("png", "npz", "both"), help="what to write")

@@ -1,7 +1,7 @@
 """Make a memory bank from the features of a store: k-means centroids, how often each occurs, and what it remembers.
 
     python -m memory.build_bank --store data/NAME --encoder NAME --out banks/NAME --k 640000
-    torchrun --nproc_per_node 8 -m memory.build_bank …      # the same bank, bit for bit
+    torchrun --nproc-per-node 8 -m memory.build_bank …      # the same bank, bit for bit
 
 Centroids and frequencies come from the original view, the assignment covers every view. Rows are stored in a seeded
 random order, because the published rule ties a row's position to the mean of the starting noise. bank.json records the
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
 from memory.claim import claimed
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, check_folder, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
@@ -41,21 +41,14 @@ ORDER = 1  # address of the row order among the random numbers of one seed; k-me
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `passes` is 0 and `k` None for `--k all`."""
-    parser = argparse.ArgumentParser(description="Make a memory bank from the features of a store.")
-    parser.add_argument(
-        "--store", type=lambda path: Path(path).resolve(), required=True, help="store made by scripts.encode_dataset"
-    )
-    parser.add_argument("--encoder", help="whose features of the store to use; needed where the store has several")
-    parser.add_argument("--out", type=Path, required=True, help="folder for bank.pth and its siblings")
-    parser.add_argument("--k", default="640000", help="number of snippets, or 'all' to keep every feature as it is")
-    parser.add_argument(
-        "--passes",
-        "--iterations",
-        type=int,
-        default=5,
-        help="passes of k-means; 0 keeps a random subset of the features",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first centroids and of the order of rows")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--store", type=lambda path: Path(path).resolve(), required=True, help="store made by scripts.encode_dataset")
+    add("--encoder", help="whose features of the store to use; needed where the store has several")
+    add("--out", type=Path, required=True, help="folder for bank.pth and its siblings")
+    add("--k", default="640000", help="number of snippets, or 'all' to keep every feature as it is")
+    add("--passes", "--iterations", type=int, default=5, help="of k-means; 0 keeps a random subset of the features")
+    add("--seed", type=int, default=0, help="of the first centroids and of the order of rows")
     args = parser.parse_args(argv)
     if args.passes < 0:
         parser.error(f"--passes {args.passes}: expected 0 or more")

@@ -1,7 +1,7 @@
 """Images to a store: what training, bank and evaluation read. The same command again continues where it stopped.
 
     python -m scripts.encode_dataset SOURCE --out data/NAME --codec sd-vae-ft-mse --encoder dinov2-vitb14 --holdout 0.05
-    torchrun --nproc_per_node 8 -m scripts.encode_dataset …the same…
+    torchrun --nproc-per-node 8 -m scripts.encode_dataset …the same…
     python -m scripts.encode_dataset SOURCE --out data/NAME --add ENCODER
 
 SOURCE is a folder of class folders (labels by their sorted names) or of images, a zip or tar of such (labels from

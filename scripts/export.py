@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memory.bank import MemoryBank
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, sha256
 from memory.provenance import code_version
 from models.checkpoint import EXPORTED, MEMORY, WEIGHTS, load_model
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Write a checkpoint as safetensors with its configuration, bank and a model card, or the reverse.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("checkpoint", help="a checkpoint, exported or published file, or the folder of a run or an export")

@@ -38,7 +38,7 @@ from dataset import PROGRESS, LatentDataset, read_meta
 from evaluations import controls, copies, evaluator
 from memory import build_bank
 from memory.bank import MemoryBank
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, read_json, write_json
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
@@ -116,14 +116,11 @@ ARMS = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train, sample and score arms of the miniature.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("dataset", choices=DATA, help="data set")
-    add("arms", nargs="*", metavar="ARM", help=f"in this order: {', '.join(ARMS)}; none given: only the data")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the runs")
+    add("arms", nargs="*", metavar="ARM", help=f"in the order to run: {', '.join(ARMS)}; none given: only the data")
+    add("--seeds", type=int, nargs="+", default=[0], help="all arms run with the first, then all with the next")
     add("--search", action="store_true", help="search learning rate and scale, with seed 0")
     add("--lr", type=float, help="learning rate, instead of what the search found, or would try")
     add("--scale", type=float, help="factor on the condition, likewise")
