@@ -7,20 +7,21 @@ from pathlib import Path
 from memory.files import free_space
 from models.sit import SiT
 
+MAKERS = {"store": "scripts.encode_dataset", "holdout": "scripts.encode_dataset", "bank": "memory.build_bank"}
+
 
 def missing(args: argparse.Namespace) -> list[str]:
     """What the command names that is not there, a line each."""
-    wanted = {"--store": Path(args.store) / "meta.json"}
-    if args.holdout:
-        wanted["--holdout"] = Path(args.holdout) / "meta.json"
-    begun = any(Path(args.out, "checkpoints").glob("*.pt"))  # then --init has served
-    for flag in ("bank", "align_encoder_weights") if begun else ("bank", "align_encoder_weights", "init"):
-        if getattr(args, flag):
-            wanted[f"--{flag.replace('_', '-')}"] = Path(getattr(args, flag))
-    makers = {"--store": "scripts.encode_dataset", "--holdout": "scripts.encode_dataset", "--bank": "memory.build_bank"}
-    remedies = {flag: f"; `python -m {maker}` makes it" for flag, maker in makers.items()}
-    absent = [(flag, path) for flag, path in wanted.items() if not path.exists()]
-    return [f"{flag}: {path} does not exist{remedies.get(flag, '; give the path of a file')}" for flag, path in absent]
+    flags, lines = [*MAKERS, "align_encoder_weights"], []
+    begun = any(Path(args.out, "checkpoints").glob("*.pt"))
+    if args.init and not begun and not args.init.startswith("hf:"):  # else it has served, or is looked for on the hub
+        flags.append("init")
+    for flag in flags:
+        path = getattr(args, flag) and Path(getattr(args, flag), "meta.json" if flag in ("store", "holdout") else "")
+        if path and not path.exists():
+            remedy = f"`python -m {MAKERS[flag]}` makes it" if flag in MAKERS else "give the path of a file"
+            lines.append(f"--{flag.replace('_', '-')}: {path} does not exist; {remedy}")
+    return lines
 
 
 def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:
@@ -36,12 +37,11 @@ def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict
     activations = kept * tokens * width * micro
     bytes_a_weight = 20 if args.checkpoint_activations else 22
     images = args.steps * args.batch_size
-    if "store" in facts:
-        images = f"{images:,}, that is {images / facts['store']['num_images']:,.1f} epochs"
+    epochs = f", that is {images / facts['store']['num_images']:,.1f} epochs" if "store" in facts else ""
     lines = [
         json.dumps({**vars(args), **facts, "model_config": network.config}, indent=2),
         f"parameters        {count:,}",
-        f"images            {images}",
+        f"images            {images:,}{epochs}",
         f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
         f"memory a process  {bytes_a_weight * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
         f"{activations / 1e9:.2f} GB of activations (estimate)",

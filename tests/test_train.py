@@ -677,6 +677,7 @@ def test_replayed_inputs_keep_their_structure():
         (["--align-coeff", "0.5"], "needs patch tokens"),
         (["--encoder", "other"], "made by encoder toy"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist"),
+        (["--init", "hf:some/where"], "checkpoint hf:some/where: expected hf:ORGANISATION"),
     ],
 )
 def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
