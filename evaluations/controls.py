@@ -42,7 +42,7 @@ from evaluations.reference import Reference
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, nearest
 from memory.bank import MemoryBank, snippet_rules
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import sha256, write_json
 from memory.provenance import provenance
 from models.kernels import fitting
@@ -53,7 +53,7 @@ DRAWN = 1024  # snippets drawn at once, since each takes the whole starting nois
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(prog="evaluations.controls", description="Metrics of samples and of real images.")
+    parser = argparse.ArgumentParser(prog="evaluations.controls", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("reference", metavar="REF", type=Path, help="of the training images: npz in ADM's layout, or images")
     add("samples", metavar="SAMPLES", type=Path, help="what sample_ddp.py wrote: its folder or samples.npz")

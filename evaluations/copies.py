@@ -34,7 +34,7 @@ from dataset import NAMES, LatentDataset
 from evaluations.features import gathered, shares
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, LatentSpace, Space, nearest
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, write_json
 from memory.provenance import provenance
 from models.autoencoder import Codec, check_codec, latents_from_moments, load_codec, to_uint8
@@ -50,9 +50,7 @@ QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="evaluations.copies", description="Are the samples copies of training images?"
-    )
+    parser = argparse.ArgumentParser(prog="evaluations.copies", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--store", type=Path, required=True, help="store of the training images; STORE-holdout beside it calibrates")
     add("--samples", type=Path, required=True, help="images: npz with arr_0, or folder")

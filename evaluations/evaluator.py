@@ -22,7 +22,7 @@ from evaluations.inception import Inception, find_weights
 from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
 from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import remove_stale, write_json
 from memory.provenance import peak_memory, provenance
 from models.kernels import fitting
@@ -32,7 +32,7 @@ ENOUGH = 10_000  # samples below which a distance says more about their number t
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(prog="evaluations.evaluator", description="Metrics of generated images.")
+    parser = argparse.ArgumentParser(prog="evaluations.evaluator", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("reference", metavar="REF", type=Path, help="npz in ADM's layout, or images: npz, folder, zip, store, idx.gz")
     add("samples", metavar="SAMPLES", type=Path, nargs="?", help="images: npz with arr_0, folder, zip, store, idx.gz")

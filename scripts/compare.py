@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evaluations.card import copy_figures, table
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, read_json
 from scripts.arms import (
     BASELINES,
@@ -64,7 +64,7 @@ RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Arms of the miniature beside each other.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("folders", metavar="FOLDER", type=Path, nargs="+", help="folder with the runs of one data set")
     add("--check", metavar="RUN.json", type=Path, nargs="+", default=[], help="runs to compare with the folder's seeds")

@@ -33,10 +33,7 @@ PLACES = ("store", "holdout", "bank", "out", "init", "stage", "codec", "align_en
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Write a checkpoint as safetensors with its configuration, bank and a model card, or the reverse.",
-        formatter_class=Help,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("checkpoint", help="a checkpoint, exported or published file, or the folder of a run or an export")
     add("--out", required=True, help="folder to make; it may exist if it is empty")

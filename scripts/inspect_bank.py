@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
 from memory.build_bank import summary
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import read_json, sha256, write_json
 from memory.provenance import peak_memory, provenance
 from models.published import read_file
@@ -40,11 +40,11 @@ MOST_TIMES = 20  # that frequencies may count an image; beyond, their sum is a m
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Look into a memory bank.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("bank", metavar="BANK", type=Path, help="folder of a bank, its bank.pth, or a file of GMem's first release")
     add("--store", type=Path, nargs="+", default=[], help="stores whose images to compare, for each of their encoders")
-    add("--images", type=int, default=5000, help="images of each store, evenly spread (default 5000)")
+    add("--images", type=int, default=5000, help="images of each store, evenly spread")
     add("--out", metavar="FILE", type=Path, help="write the findings as JSON")
     args = parser.parse_args(argv)
     if args.images < 1:

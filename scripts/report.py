@@ -24,7 +24,7 @@ from evaluations.card import table
 from evaluations.evaluator import ENOUGH
 from evaluations.inception import WEIGHTS
 from evaluations.samples import family
-from memory.command import execute
+from memory.command import Help, execute
 from memory.files import atomic, read_json
 from models.published import GMEM, REPA, SIT
 from samplers import sde_samplers
@@ -42,7 +42,7 @@ TRAINED_ON = {"lvd142m": "LVD-142M, no labels", "in1k": "ImageNet-1k, labels", "
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Results of this project beside published ones, as Markdown.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("sources", metavar="SOURCE", type=Path, nargs="*", help="evaluator's JSON; folder of a bank, a store or a run")
     add("--out", metavar="FILE", type=Path, help="write the Markdown here too")
