@@ -6,8 +6,9 @@
 Makes random weights in the layout of the published Inception file, smooth random images of 256×256 (an npz of 9.8 GB
 for 50,000), and a reference in ADM's layout, statistics with images; then runs `evaluations.evaluator` for the five
 metrics and KID: on each number of GPUs without the reference's features from an earlier run, or on the CPU
-(`--cpu-images`) both without and with. Seconds are those of the whole command, start-up included, and of its work
-alone; memory is that of the first process. All runs must agree: distances and score to 1e-6 of their value, shares and
+(`--cpu-images`) both without and with. Before anything is timed, a GPU's features of some images are compared with the
+CPU's. Seconds are those of the whole command, start-up included, and of its work alone; memory is that of the first
+process. All runs must agree: distances and score to 1e-6 of their value, shares and
 KID to 1e-4, since one image at the rim of a manifold may fall on its other side. Targets: 60 s and 3 GB of main memory
 on one H100, and five minutes for 1,000 images on two CPU cores.
 """
@@ -26,13 +27,15 @@ import numpy as np
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from benchmarks.bench_train import difference
 from evaluations.card import table
-from evaluations.inception import WEIGHTS
+from evaluations.inception import WEIGHTS, Features, Inception
 from evaluations.reference import MOMENTS
 from memory.files import read_json, write_json
 from memory.provenance import provenance
 
 SIDE = 256
+CHECKED, TOLERANCE = 16, 1e-3  # images, and the largest relative error of a GPU's features
 BATCH = 500  # images made at once
 AGREE = {"FID": 1e-6, "sFID": 1e-6, "Inception Score": 1e-6, "Precision": 1e-4, "Recall": 1e-4, "KID": 1e-4}
 
@@ -82,6 +85,17 @@ def make_images(path: Path, count: int, seed: int, moments: bool) -> None:
             writing.result()
 
 
+def check(weights: Path) -> dict[str, float]:
+    """Relative errors of a GPU's features of random images, against the CPU's; AssertionError beyond TOLERANCE."""
+    images = torch.randint(256, (CHECKED, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    here, there = (Inception(weights, device)(images.to(device)) for device in ("cpu", "cuda"))
+    errors = {}
+    for name, plain, given in zip(Features._fields, here, there, strict=True):
+        errors[name] = difference([given.cpu()], [plain])
+        assert errors[name] < TOLERANCE, (name, errors[name])
+    return errors
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time the evaluation of many images.")
@@ -110,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             done.result()
 
     rows, metrics = [], []
+    errors = {} if on_cpu or not torch.cuda.is_available() else check(weights)
 
     def run(title: str, processes: int, *options: str) -> None:
         """Run the command, and note its time, its memory and its metrics."""
@@ -140,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                 "gpu_memory_gb": round(peak["gpu"] / 1e9, 2),
             }
         )
-        facts = {"rows": rows, "metrics": metrics, "reference_images": references, "cpus": cpus}
+        facts = {"rows": rows, "metrics": metrics, "errors": errors, "reference_images": references, "cpus": cpus}
         write_json(args.out, facts | provenance(argv, processes))
 
     if on_cpu:

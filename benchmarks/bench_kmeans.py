@@ -10,18 +10,17 @@ update of the centroids and an assignment. In the table, in seconds: `first` is 
 all assignments and updates over the number of passes, `total` the whole function with its preparation, `search` one
 assignment of this process's rows with nothing known beforehand, its TFLOP/s for 2·N·K·F operations and their share of
 what a float16 product of 8192³ reaches in the same run; `equal` is the share of rows of a subset whose label is that of
-the plain float32 path, `inertia` their inertia over the plain path's. flash-kmeans (PyPI) is timed where it is
-installed. `--growth-k` and `--growth-images` repeat the run on `noise` at other sizes.
+the plain float32 path, `inertia` their inertia over the plain path's. Before anything is timed, labels of as many rows
+must be the plain path's. An iteration of flash-kmeans (PyPI) is timed where that is installed. `--growth-k` and
+`--growth-images` repeat the run on `noise` at other sizes.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import itertools
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from accelerate import PartialState
 from memory.build_bank import rows_of_process
 from memory.files import write_json
 from memory.kmeans import assign, assign_plain, cosines, fused, kmeans, normalised
+from memory.provenance import provenance
 
 BLOCK = 65536  # rows drawn at once, each block from a seed of its own
 CLASSES = 1000
@@ -90,6 +90,16 @@ def ceiling(device: torch.device) -> float:
             torch.mm(left, right)
 
     return 2 * size**3 * repeats / min(seconds(multiply, device) for _ in range(3)) / 1e12
+
+
+def check(subset: int, k: int, dim: int, device: torch.device) -> None:
+    """AssertionError unless the search that will be timed gives the plain path's labels; compiles it on the way."""
+    kmeans(torch.randn(4096, dim, device=device), 64, 1)
+    rows, centroids = (
+        normalised(draw("noise", part, dim, device)) for part in (range(subset), range(subset, subset + k))
+    )
+    labels, plain = assign(rows, centroids), assign_plain(rows, centroids)
+    assert torch.equal(labels, plain), f"{(labels != plain).sum()} labels of {subset} differ from the plain path's"
 
 
 def time_kmeans(features: torch.Tensor, k: int, passes: int) -> tuple[dict, torch.Tensor]:
@@ -160,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     peak = ceiling(device)
     sizes = [(kind, args.images, args.k) for kind in args.data]
     sizes += [("noise", args.images, k) for k in args.growth_k] + [("noise", n, args.k) for n in args.growth_images]
-    kmeans(torch.randn(4096, args.dim, device=device), 64, 1)  # compiles the kernels
+    check(args.subset, args.k, args.dim, device)
     results = []
     say = print if state.is_main_process else lambda line: None
     say(f"{peak:.0f} TFLOP/s in a product of {'8192³' if device.type == 'cuda' else '1024³'}")
@@ -180,23 +190,12 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['subset_labels_equal']:.5f} {row['subset_inertia_ratio']:.9f}"
         )
         del features, unit, centroids
-    launcher = f"torchrun --nproc-per-node {state.num_processes}" if state.num_processes > 1 else "python"
     if args.out and state.is_main_process:
-        write_json(
-            args.out,
-            {
-                "rows": results,
-                "path": "fused" if fused(device) else "plain",
-                "processes": state.num_processes,
-                "ceiling_tflops": round(peak, 1),
-                "device": torch.cuda.get_device_name()
-                if device.type == "cuda"
-                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "command": f"{launcher} -m benchmarks.bench_kmeans " + " ".join(sys.argv[1:] if argv is None else argv),
-                "date": date.today().isoformat(),
-            },
-        )
+        result = {"rows": results, "path": "fused" if fused(device) else "plain", "ceiling_tflops": round(peak, 1)}
+        made = provenance(argv, state.num_processes)
+        if importlib.util.find_spec("flash_kmeans"):
+            made["versions"]["flash-kmeans"] = importlib.metadata.version("flash-kmeans")
+        write_json(args.out, {**result, **made})
     state.destroy_process_group()
 
 

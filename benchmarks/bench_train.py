@@ -365,7 +365,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
     add("--out", type=Path, required=True, help="JSON file of the results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.memory and not torch.cuda.is_available():
+        parser.error("--memory measures a GPU's memory, and none is here")
+    if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        parser.error(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

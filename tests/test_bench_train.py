@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import bench_train
 
 
@@ -30,6 +32,15 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
     assert result["operations_an_image"] == 3 * 2 * counted_macs()
     assert {"device", "versions", "command", "date"} <= result.keys()
     assert "images_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("--memory", "none is here"), ("--exchange 25:8", "25:8: there is one")]
+)
+def test_what_cannot_be_measured_here_is_said_at_once(words, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_train.parse([*words.split(), "--out", "x.json"])
+    assert message in capsys.readouterr().err
 
 
 def counted_macs():
