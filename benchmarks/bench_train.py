@@ -365,16 +365,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")
     add("--out", type=Path, required=True, help="JSON file of the results")
-    args = parser.parse_args(argv)
-    if args.memory and not torch.cuda.is_available():
-        parser.error("--memory measures a GPU's memory, and none is here")
-    if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        parser.error(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.memory and not torch.cuda.is_available():
+        raise ValueError("--memory measures a GPU's memory, and no GPU is here")
+    if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.images, args.image_size)
         for result in small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder)):
