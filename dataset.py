@@ -32,11 +32,8 @@ from memory.files import atomic, read_json, reading
 
 FORMAT = 1  # of meta.json and the arrays; raised when an older reader would misread them
 META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
-FIELDS = {  # of meta.json, which readers rely on
-    **dict.fromkeys(("num_images", "num_views", "image_size", "image_channels"), int),
-    **dict.fromkeys(("codec", "encoders", "patches"), dict),
-    **{"fingerprint": str, "has_images": bool},
-}
+COUNTS = {"num_images": 0, "num_views": 1, "image_size": 1, "image_channels": 1}  # of meta.json, each at least so many
+FIELDS = {"codec": dict, "encoders": dict, "patches": dict, "fingerprint": str, "has_images": bool}  # and their kinds
 ROWS, VIEWS = 0, 1  # addresses of the two streams of random numbers under one seed
 COPY_BYTES = 2**24  # staging reads and writes this much at a time
 
@@ -71,9 +68,9 @@ def read_meta(store: str | os.PathLike) -> dict:
         )
     if not meta.get("complete"):
         raise ValueError(f"the store {path} is incomplete: run the same encode command again to finish it")
-    for key, kind in FIELDS.items():
+    for key, kind in (dict.fromkeys(COUNTS, int) | FIELDS).items():
         value = meta.get(key)
-        if type(value) is not kind or (kind is int and not (key != "num_images") <= value < 2**40):
+        if type(value) is not kind or (key in COUNTS and not COUNTS[key] <= value < 2**40):
             raise ValueError(f"{path / META}: {key} is {value!r}, expected {kind.__name__}: copy or encode it again")
     with reading(path / META):
         layout(meta)

@@ -150,11 +150,11 @@ def guided(
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
         inside = (low <= t) & (t <= high)  # (B,)
-        some = inside.any().to("cpu", non_blocking=True)
-        known = torch.get_device_module(x.device).Event()
-        known.record()
+        some = inside.any().to("cpu", non_blocking=True)  # right once `copied` has happened
+        copied = torch.get_device_module(x.device).Event()
+        copied.record()
         strong = velocity(x, t)  # (B, C, ...), at work on a GPU while this waits for `some`
-        known.synchronize()
+        copied.synchronize()
         if not (always or some):
             return strong
         weak = weaker_velocity(x, t)  # (B, C, ...)

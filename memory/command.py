@@ -39,7 +39,7 @@ def execute(main: Callable[[], object]) -> None:
         rank = int(os.environ.get("RANK", 0))
         if rank:
             time.sleep(GRACE)
-        message = f"error{f' of process {rank}' * (rank > 0)}: {error}"
+        message = f"error of process {rank}: {error}" if rank else f"error: {error}"
         print(message, file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

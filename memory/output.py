@@ -65,6 +65,7 @@ class Output:
             with open(self.pixels, "ab"):
                 os.truncate(self.pixels, self.num_images * self.image_bytes)
         if self.npz and old and old["complete"] and self.archive.exists():
+            # A finished run goes on to more images: its own come back out of the npz.
             with zipfile.ZipFile(self.archive).open("arr_0.npy") as rows, open(self.pixels, "r+b") as to:
                 np.lib.format.read_magic(rows)
                 np.lib.format.read_array_header_1_0(rows)
@@ -76,7 +77,9 @@ class Output:
 
     def _kept(self, old: dict) -> np.ndarray:
         """Which images of an earlier run are still there, (M,) uint8: files may have been removed since."""
-        needed = [self.archive] * self.npz if old["complete"] else [self.done, *[self.pixels] * self.npz]
+        needed = [] if old["complete"] else [self.done]
+        if self.npz:
+            needed.append(self.archive if old["complete"] else self.pixels)
         if not all(file.exists() for file in needed):
             return np.zeros(0, np.uint8)
         marks = np.ones(old["num_images"], np.uint8) if old["complete"] else np.fromfile(self.done, np.uint8)
