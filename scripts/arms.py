@@ -138,8 +138,9 @@ def missing(arms: dict[str, Arm]) -> list[str]:
     for name in PRIMARY:
         ends = [max(scored(run)) for run in arms[name].runs + arms[name].behind] if name in arms else []
         short = ", ".join(f"{end:,}" for end in ends if end < STEPS)
+        another = f"; another at {short} steps" if short else ""
         if (done := sum(end >= STEPS for end in ends)) < SEEDS:
-            lines.append(f"{name} ({done} of {SEEDS} seeds{f'; another at {short} steps' * bool(short)})")
+            lines.append(f"{name} ({done} of {SEEDS} seeds{another})")
     return lines
 
 
@@ -178,7 +179,9 @@ def reach(arm: Arm, target: Target) -> tuple[Reach, list[Reach]]:
 
 def ratio_of(reached: Reach) -> str:
     """A ratio as text."""
-    return f"{'≥ ' * reached.at_once}{reached.ratio:.3g}×" if reached.steps else "not reached"
+    if not reached.steps:
+        return "not reached"
+    return f"{'≥ ' if reached.at_once else ''}{reached.ratio:.3g}×"
 
 
 def variants(arm: Arm) -> dict[str, list[dict]]:

@@ -120,8 +120,10 @@ def page(arms: dict[str, Arm], rows: dict[str, dict]) -> Iterable[str]:
     yield f"# {dataset(arms)}: FD to held-out images, the mean of the seeds"
     checks, baselines = sanity(arms, rows), [flattening(arms[name]) for name in BASELINES if name in arms]
     yield claim(arms, checks, baselines)
-    yield from (f"Missing: {line}." for line in [", ".join(missing(arms))] if line)
-    yield from (f"Not run: {line}." for line in [", ".join(name for name in OTHERS if name not in arms)] if line)
+    if lacking := missing(arms):
+        yield f"Missing: {', '.join(lacking)}."
+    if others := [name for name in OTHERS if name not in arms]:
+        yield f"Not run: {', '.join(others)}."
     yield table(
         [{"check": one.what, "result": RESULTS[one.passed], "figures": one.figures} for one in checks + baselines]
     )
@@ -170,38 +172,33 @@ def scores(arms: dict[str, Arm]) -> list[dict]:
         settings = arm.runs[0]["settings"]
         known = {key: settings.get(key) for key in ("lr", "scale", "k") if settings.get(key) is not None}
         rows.append(row | {"settings": ", ".join(f"{key} {value:g}" for key, value in known.items())})
-    columns = sorted(dict.fromkeys(name for row in rows for name in row), key=column_place)
-    return [{name: row.get(name, "") for name in columns} for row in rows]
-
-
-def column_place(name: str) -> tuple[int, int]:
-    """Where a column stands: those of steps by their number, what is known at the end after them."""
-    leading = ("arm", "seeds", "last step")
-    first = leading.index(name) - len(leading) if name in leading else 1 + (name == "settings")
-    steps = name.removesuffix(" steps").replace(",", "")
-    return (0, int(steps)) if steps.isdigit() else (first, 0)
+    steps = sorted({step for arm in arms.values() for step in arm.steps})
+    first = ["arm", "seeds", "last step", *(f"{step:,} steps" for step in steps)]
+    others = dict.fromkeys(name for row in rows for name in row if name not in (*first, "settings"))
+    return [{name: row.get(name, "") for name in (*first, *others, "settings")} for row in rows]
 
 
 def ratios(arms: dict[str, Arm]) -> list[dict]:
     """Steps of each arm to each target but its own."""
     found = targets(arms)
-    titles = {name: f"{name}'s {target.distance:.3g}" for name, target in found.items()}
-    titles |= {name: f"{titles[name]} ({BASELINES.get(name, 'best guidance')})" for name in found}
-    return [
-        {"arm": arm.name}
-        | {titles[name]: reached(arm, target) if name != arm.name else "" for name, target in found.items()}
-        for arm in arms.values()
-        if found
-    ]
+    rows = []
+    for arm in arms.values() if found else ():
+        row = {"arm": arm.name}
+        for name, target in found.items():
+            title = f"{name}'s {target.distance:.3g} ({BASELINES.get(name, 'best guidance')})"
+            row[title] = reached(arm, target) if name != arm.name else ""
+        rows.append(row)
+    return rows
 
 
 def reached(arm: Arm, target: Target) -> str:
     """Steps that an arm takes to a target, and the ratio of a baseline's steps to them: of the mean, of each seed."""
     mean, seeds = reach(arm, target)
-    each = f"; {', '.join(map(ratio_of, seeds))}" * (len(seeds) > 1 and any(seed.steps for seed in seeds))
+    several = len(seeds) > 1 and any(seed.steps for seed in seeds)
+    each = f"; {', '.join(map(ratio_of, seeds))}" if several else ""
     if mean.steps is None:
         return f"not reached in {arm.steps[-1]:,}{each}"
-    return f"{'≤ ' * mean.at_once}{mean.steps:,.0f} ({ratio_of(mean)}{each})"
+    return f"{'≤ ' if mean.at_once else ''}{mean.steps:,.0f} ({ratio_of(mean)}{each})"
 
 
 def sizes(arms: dict[str, Arm]) -> list[dict]:

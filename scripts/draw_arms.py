@@ -47,11 +47,14 @@ def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, label: str) -> 
         colour, count = COLOURS.get(arm.name) or next(further), len(arm.runs)
         panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker="o", markersize=3)
         panel.fill_between(places, arm.distances.min(1), arm.distances.max(1), color=colour, alpha=0.2, linewidth=0)
-        ends.append((places[-1], arm.final, arm.name + f" ({count})" * (count != usual), colour))
+        name = arm.name if count == usual else f"{arm.name} ({count})"
+        ends.append((places[-1], arm.final, name, colour))
     steps = sorted({step for arm in arms.values() for step in arm.steps})
     decorate(panel, floor, label, steps if label == STEPS_TAKEN else None)
     seeds = f"mean and range of {usual} seeds" if usual > 1 else "one seed"
-    panel.set_title(f"{seeds}{', or as in brackets' * any('(' in name for _, _, name, _ in ends)}", fontsize="small")
+    if any(len(arm.runs) != usual for arm in arms.values()):
+        seeds += ", or as in brackets"
+    panel.set_title(seeds, fontsize="small")
     name_ends(panel, ends)
 
 

@@ -180,4 +180,4 @@ def verdict(found: list[Finding]) -> str:
         word = f"does not hold, not met: {', '.join(failed)}"
     else:
         word = "open" if unknown else "holds"
-    return word + f"; not known: {', '.join(unknown)}" * bool(unknown)
+    return f"{word}; not known: {', '.join(unknown)}" if unknown else word
