@@ -51,10 +51,10 @@ def check_join(device, tokens, width, dtype, tolerance):
 
 def check_attention(device, tokens, heads, size, dtype, tolerance):
     torch.manual_seed(0)
-    width = heads * size
-    qkv, d_out = torch.randn(1, tokens, 3 * width, device=device), torch.randn(1, tokens, width, device=device)
+    images, width = 2, heads * size
+    qkv, d_out = (torch.randn(images, tokens, parts * width, device=device) for parts in (3, 1))
     wide = qkv.to(dtype).double().requires_grad_()
-    q, k, v = wide.unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)  # (1, heads, tokens, size) each
+    q, k, v = wide.unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)  # (images, heads, tokens, size) each
     scores = q @ k.transpose(-1, -2) / size**0.5
     out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     out.backward(d_out.to(dtype).double())
@@ -167,10 +167,10 @@ def interpreted_kernels():
     check_adamw("cpu")
     for bucket, last in ((False, 1e-6), (True, math.inf), (True, math.nan)):
         check_update("cpu", bucket, last)
-    check_activate("cpu", tokens=50, width=600, dtype=torch.float32, tolerance=1e-6)
-    check_join("cpu", tokens=4, width=24, dtype=torch.float32, tolerance=1e-6)
-    for tokens, size in ((256, 72), (128, 64), (64, 64)):
-        check_attention("cpu", tokens, heads=1, size=size, dtype=torch.float32, tolerance=1e-6)
+    check_activate("cpu", tokens=50, width=1100, dtype=torch.float32, tolerance=1e-6)
+    check_join("cpu", tokens=12, width=24, dtype=torch.float32, tolerance=1e-6)
+    for tokens, heads, size in ((256, 1, 72), (128, 2, 64), (64, 3, 72), (64, 2, 64)):
+        check_attention("cpu", tokens, heads, size, torch.float32, tolerance=1e-6)
 
 
 def test_the_kernels_as_interpreted(root):
@@ -186,7 +186,7 @@ def test_the_kernels_on_a_gpu():
         check_update("cuda", bucket, last)
     check_activate("cuda", tokens=100, width=4608, dtype=torch.bfloat16, tolerance=3e-3)
     check_join("cuda", tokens=64, width=1152, dtype=torch.bfloat16, tolerance=3e-3)
-    for tokens, heads, size in ((256, 16, 72), (256, 4, 64), (64, 6, 64)):
+    for tokens, heads, size in ((256, 16, 72), (256, 4, 64), (64, 6, 64), (64, 16, 72)):
         check_attention("cuda", tokens, heads, size, torch.bfloat16, tolerance=3e-3)
 
 
