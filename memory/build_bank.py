@@ -10,7 +10,6 @@ settings and how much the bank remembers single images; it is written last and m
 
 import argparse
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from dataset import LatentDataset, read_meta
 from memory.bank import MemoryBank
 from memory.claim import claimed
 from memory.command import Help, execute
-from memory.files import atomic, check_folder, read_json, sha256
+from memory.files import atomic, check_folder, free_space, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
 from memory.provenance import provenance
 from models.kernels import fitting
@@ -175,15 +174,13 @@ def requirements(out: Path, settings: dict, images: int, views: int, state: Part
     k, dim = settings["k"], settings["dim"]
     disk = 4 * k * dim + 4 * images * views + 10 * k
     processes = state.num_processes
-    copies = 10 if fused(state.device) else 6  # bytes: features in float16 and float32, and what memory/fused.py keeps
-    memory = copies * dim * -(-images // processes) + 16 * k * dim  # see memory/kmeans.py
-    existing = next(parent for parent in [out.resolve(), *out.resolve().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < disk:
+    bytes_a_number = 10 if fused(state.device) else 6  # features in float16 and float32, and what memory/fused.py keeps
+    memory = bytes_a_number * dim * -(-images // processes) + 16 * k * dim  # see memory/kmeans.py
+    if (free := free_space(out)) < disk:
         raise ValueError(f"--out {out} has {free / 1e6:,.0f} MB free, the bank takes {disk / 1e6:,.0f} MB: make room")
     return (
         f"{settings['rule']}: {k} snippets of {dim} from {images} images, {settings['iterations']} passes; "
-        f"{disk / 1e6:,.1f} MB of disk, {memory / 1e6:,.1f} MB of memory a process ({processes})"
+        f"{disk / 1e6:,.1f} MB of disk, {memory / 1e6:,.1f} MB of memory in each of {processes} processes"
     )
 
 
@@ -316,7 +313,9 @@ def say_report(report: dict, say: Callable[[str], None]) -> None:
         say("no held-out store lies beside this one: encode with --holdout to see what the bank gives away")
     else:
         say(f"cosine to the nearest row, held-out images: {unseen['mean']:.4f} ± {unseen['std']:.4f}")
-        say(f"this cosine tells training from held-out images with AUC {report['auc_train_vs_holdout']:.3f}")
+        say(
+            f"this cosine tells training from held-out images with AUC {report['auc_train_vs_holdout']:.3f} (0.5: not at all)"
+        )
 
 
 if __name__ == "__main__":
