@@ -20,7 +20,7 @@ from torch.library import triton_op, wrap_triton
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 REST = 16  # least columns of a matrix product
-TOKENS = (64, 256)  # what the tiles below were tried with: latents of 32×32 in patches of 4×4 and 2×2
+TOKENS, SIZES = (64, 256), (64, 72)  # what the tiles below were tried with: patches of 4×4 and 2×2, and SiT's heads
 BLOCK = 64  # tokens of a program
 QUERIES = {"step": 64, "stages": 2, "num_warps": 4}  # tokens at once against them, loads ahead, warps
 KEYS = {"step": 64, "stages": 3, "num_warps": 4}
@@ -184,7 +184,7 @@ def attention(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
 
 
 def fits(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels serve timm's `Attention` on x (B, T, D): half precision, 64 or 256 tokens, no norm of queries
-    and keys, heads of a power of two or a little more. The forward pass is cuDNN's, the faster one."""
-    size, half = layer.head_dim, x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.shape[1] in TOKENS and size - split(size)[0] in (0, 8, 16) and type(layer.q_norm) is nn.Identity
+    """Whether the kernels serve timm's `Attention` on x (B, T, D): half precision, tokens and heads of the sizes at the
+    top of this file, no norm of queries and keys."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.shape[1] in TOKENS and layer.head_dim in SIZES and type(layer.q_norm) is nn.Identity

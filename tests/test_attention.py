@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_train import command, folder  # noqa: F401  (folder is a fixture)
+from timm.models.vision_transformer import Attention
 
 import train
 from models import kernels
@@ -24,6 +25,20 @@ def test_training_says_how_many_tokens_it_has(folder, monkeypatch):  # noqa: F81
     train.main(command(folder, folder / "attention", "--steps", 1))
     [(device, tokens)] = asked
     assert (device.type, tokens) == ("cpu", 16)  # latents of 8×8 in patches of 2×2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({}, True), ({"tokens": 64}, True), ({"width": 1152}, True), ({"dtype": torch.float32}, False)]
+    + [({"tokens": tokens}, False) for tokens in (16, 128, 1024)]
+    + [({"width": width}, False) for width in (512, 1280)]
+    + [({"qk_norm": True}, False)],
+)
+def test_what_the_kernels_were_not_tried_with_is_left_to_pytorch(change, expected):
+    attention = pytest.importorskip("models.attention")
+    given = {"tokens": 256, "width": 1024, "dtype": torch.bfloat16, "qk_norm": False} | change
+    layer = Attention(given["width"], num_heads=16, qk_norm=given["qk_norm"], norm_layer=torch.nn.LayerNorm)
+    assert attention.fits(layer, torch.empty(2, given["tokens"], given["width"], dtype=given["dtype"])) == expected
 
 
 @pytest.mark.gpu
