@@ -313,9 +313,8 @@ def say_report(report: dict, say: Callable[[str], None]) -> None:
         say("no held-out store lies beside this one: encode with --holdout to see what the bank gives away")
     else:
         say(f"cosine to the nearest row, held-out images: {unseen['mean']:.4f} ± {unseen['std']:.4f}")
-        say(
-            f"this cosine tells training from held-out images with AUC {report['auc_train_vs_holdout']:.3f} (0.5: not at all)"
-        )
+        told = report["auc_train_vs_holdout"]
+        say(f"this cosine tells training from held-out images with AUC {told:.3f} (0.5: not at all)")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 # snippets as there are images, so that it cannot remember single ones.
 #   OUT=photos                    where everything goes
 #   INIT=weights/….pth            start from GMem's weights or others; the network is then theirs (default: from scratch)
-#   STEPS=30000 BATCH=128 MODEL=SiT-B/2 SIZE=256 K HOLDOUT=0.05 VIEWS=2 (1: never mirrored) MICRO_BATCH
+#   STEPS=30000 BATCH=128 MICRO_BATCH=64 MODEL=SiT-B/2 SIZE=256 HOLDOUT=0.05
+#   VIEWS=2 (1: never mirrored)   K (snippets; a tenth of the images)
 #   IMAGES=1000 EVALUATIONS=250   samples at the end, by the SDE
 #   RATE=200                      training images/s of your GPU, for the hours printed at the start
 #   CODEC ENCODER ENCODER_WEIGHTS AUDIT      a VAE, the snippets' encoder, and an unrelated one to judge the images with

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: an environment with everything the project needs.
+# Sourced by demo.sh, test.sh and own-photos.sh: an environment with everything the project needs.
 # Uses the active virtual or conda environment (but not conda's base); makes .venv where there is none.
 # TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu takes PyTorch's CPU build, a fraction of the download.
 
