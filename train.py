@@ -58,7 +58,7 @@ FREE = {
     "micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path",
     "resident", "checkpoint_activations",
 }  # fmt: skip
-YOUNGER = {"warmup": 0}  # flags that older runs do not name, with what these did
+ADDED_LATER = {"warmup": 0}  # flags that older runs do not name, with what these did
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 8
@@ -277,7 +277,7 @@ class Trainer:
         else:
             return
         with reading(self.out):
-            there["args"] = YOUNGER | there["args"]
+            there["args"] = ADDED_LATER | there["args"]
             lines = [
                 f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
                 for part in settings
@@ -405,10 +405,10 @@ class Trainer:
             )
 
     def means(self) -> dict[str, float]:
-        """Means since the last line of the log over all processes, to seven digits: beyond, the order of sums shows."""
+        """Means over all processes since the last line of the log."""
         *sums, steps = self.accelerator.reduce(self.sums, "sum").tolist()
         names = ("loss", "velocity", "align", "grad_norm")
-        means = {name: float(f"{value / steps:.7g}") for name, value in zip(names, sums, strict=True)}
+        means = {name: seven_digits(value / steps) for name, value in zip(names, sums, strict=True)}
         return means if self.args.align_coeff > 0 else {name: means[name] for name in ("loss", "grad_norm")}
 
     def record(self, line: dict) -> None:
@@ -466,8 +466,8 @@ class Trainer:
             sums.index_add_(1, bins[part], torch.stack([losses, torch.ones_like(losses)]))
         total, count = accelerator.reduce(sums, "sum").cpu()
         seen = count > 0
-        by_time = [float(f"{value:.7g}") if ok else None for value, ok in zip(total / count, seen, strict=True)]
-        return {"holdout_loss": float(f"{total.sum() / count.sum():.7g}"), "holdout_loss_by_time": by_time}
+        by_time = [seven_digits(value) if ok else None for value, ok in zip(total / count, seen, strict=True)]
+        return {"holdout_loss": seven_digits(total.sum() / count.sum()), "holdout_loss_by_time": by_time}
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -541,6 +541,11 @@ class Trainer:
         self.run_micro_step = self.micro_step  # recordings go before the process group that they use
         how = "finished" if self.step == args.steps else "stopped by a signal; the same command continues"
         self.accelerator.print(f"{how} at step {self.step:,}: {self.out}")
+
+
+def seven_digits(value: float | Tensor) -> float:
+    """A figure for the log, rounded: beyond these digits the order of sums shows."""
+    return float(f"{value:.7g}")
 
 
 def take(cond: object, rows: slice) -> object:

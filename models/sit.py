@@ -84,22 +84,18 @@ class SnippetProjection(nn.Module):
 
 
 class Condition(nn.Module):
-    """Base of the ways to condition: a module that embeds `cond` and is added to the time embedding.
+    """Base of the ways to condition: a module that embeds `cond`, to be added to the time embedding.
 
-    Its direct children become direct children of the network, because that is where published weights have them.
-    `forward(cond, uniforms)` gets uniform numbers (B,) for random drops; `null(batch_size)` says what stands for no
-    condition at all in a network without a learned null embedding, or raises.
+    It is built as `cls(width, options)`, with SiT's arguments as options. Its direct children become direct children of
+    the network, because that is where published weights have them.
     """
 
-    def __init__(self, width: int, options: dict):
-        super().__init__()
-
     def forward(self, cond: object, uniforms: Tensor) -> Tensor:
-        """(B, D)."""
+        """The embedding (B, D) of `cond`; the uniform numbers (B,) decide random drops."""
         raise NotImplementedError
 
     def null(self, batch_size: int, device: torch.device) -> object:
-        """A `cond` that means "no condition"."""
+        """A `cond` that means "no condition" in a network without a learned null embedding; ValueError if none does."""
         raise ValueError(
             "cond=None: this network has no null condition; build it with null_dropout > 0, or pass a condition"
         )
@@ -109,7 +105,7 @@ class NoCondition(Condition):
     """Unconditional: only the time is embedded."""
 
     def __init__(self, width: int, options: dict):
-        super().__init__(width, options)
+        super().__init__()
         self.width = width
 
     def forward(self, cond: None, uniforms: Tensor) -> Tensor:
@@ -123,7 +119,7 @@ class LabelCondition(Condition):
     """A class label, `cond` (B,) long."""
 
     def __init__(self, width: int, options: dict):
-        super().__init__(width, options)
+        super().__init__()
         drop, scale = options["label_dropout"], options["label_scale"]
         self.y_embedder = LabelEmbedder(width, options["num_classes"], drop, scale)
 
@@ -138,7 +134,7 @@ class SnippetCondition(Condition):
     """A snippet of the memory bank, `cond` (B, F) float: GMem's condition."""
 
     def __init__(self, width: int, options: dict):
-        super().__init__(width, options)
+        super().__init__()
         self.condition_projection = SnippetProjection(
             width,
             options["snippet_dim"],
@@ -155,7 +151,7 @@ class LabelSnippetCondition(Condition):
     """A label and a snippet, `cond` a pair (labels (B,), snippets (B, F)); their embeddings are added."""
 
     def __init__(self, width: int, options: dict):
-        super().__init__(width, options)
+        super().__init__()
         self.y_embedder = LabelCondition(width, options).y_embedder
         self.condition_projection = SnippetCondition(width, options).condition_projection
 
