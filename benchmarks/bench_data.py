@@ -33,6 +33,7 @@ def make_store(folder: Path, num_images: int) -> None:
     meta = {"format": FORMAT, "num_images": num_images, "num_views": 1, "image_size": 256, "image_channels": 3}
     meta["codec"] = {"name": "random", "moments_shape": [8, 32, 32], "dtype": "float16"}
     meta |= {"encoders": {FEATURES: {"dim": 768}}, "patches": {}, "has_images": False, "complete": True}
+    meta |= {"views": ["original"], "fingerprint": "random"}
     rng = np.random.default_rng(0)
     for file, (shape, dtype) in layout(meta).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
