@@ -14,7 +14,7 @@ BLOCK, WARPS = 1024, 4  # numbers of a program
 
 @triton.jit
 def numbers_of(places, which, start, block: tl.constexpr, alignment: tl.constexpr):
-    """Pointers to the numbers of one program in tensor `which` of a row of addresses."""
+    """Pointers to the numbers of one program in tensor `which` of a row of addresses, multiples of `alignment`."""
     numbers = tl.load(places + which).to(tl.pointer_type(tl.float32)) + start + tl.arange(0, block)
     return tl.max_contiguous(tl.multiple_of(numbers, alignment), block)
 
