@@ -1,6 +1,6 @@
 """The README's table *published / reproduced / command*, and what everything cost, from the results of the commands.
 
-    python -m scripts.report samples/*/*.json banks/* data/* runs/* --out report.md
+    python -m scripts.report samples/*/samples.*.json banks/*/ data/*/ runs/*/ --out report.md
 
 Takes, in any order, JSON files of evaluations.evaluator, and the folders of banks, stores and training runs, which it
 finds again by the hashes that the samples.json inside each result names. Prints Markdown:
