@@ -1,4 +1,4 @@
-"""The README's table *published / reproduced / command*, and what everything cost, from the results of the commands.
+"""The table *published / reproduced / command*, and what everything cost, from the results of the commands.
 
     python -m scripts.report samples/*/samples.*.json banks/*/ data/*/ runs/*/ --out report.md
 
