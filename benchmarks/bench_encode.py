@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_encode --profile --out benchmarks/results/encode.json
 
-Before anything is timed, the networks as the command runs them (bfloat16, compiled) are compared on the same device
-with plain float32. Then come the parts alone: decoding on one core, the VAE's encoder, DINOv2 ViT-B/14 at 224 px; and
-then `scripts.encode_dataset` itself with two views, from files to the finished store, its rate taken over the second
-half of the images, when those that were decoded during its start are used up. The ceiling is a bf16 product of random
-8192×8192 matrices in the same run. Files are read from the page cache. `--small` shrinks all for a CPU.
+Before the networks are timed as the command runs them (bfloat16, compiled), they are compared on the same device with
+plain float32. The parts alone are decoding on one core, the VAE's encoder, and DINOv2 ViT-B/14 at 224 px; then comes
+`scripts.encode_dataset` itself with two views, from files to the finished store, its rate taken over the second half of
+the images, when those that were decoded during its start are used up. The ceiling is a bf16 product of random 8192×8192
+matrices in the same run. Files are read from the page cache. `--small` shrinks all for a CPU.
 """
 
 import argparse

@@ -8,7 +8,8 @@ processes: first with nothing compiled before, then with the first run's cache, 
 everything before the first evaluation that counts, images/s everything after it: decoding, PNGs and the npz included.
 The rows by batch size are timed over a few evaluations of the command's own `Generator`; their images/s at 250
 evaluations follow by arithmetic. Only the first row's decoder is compiled.
-Before anything is timed, velocities and images are compared with the plain path in float32 on the same device.
+Before the rows are timed, velocities and images are compared with the plain path in float32 on the same device; the
+command comes first, because its first run must find nothing compiled.
 """
 
 import argparse
@@ -166,23 +167,24 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def make_ready(generator: Generator, batch: int, compiled: bool) -> float:
+    """Seconds of `generator.compile`, or of a first short run without it."""
+    if compiled:
+        return timed(lambda: generator.compile(batch))
+    return timed(lambda: generator.decode(generator.latents(torch.arange(batch), 2)))
+
+
 @torch.no_grad()
-def time_batch(generator: Generator, batch: int, args: argparse.Namespace) -> dict:
-    """Evaluations and decoded images a second of batches of one size, after `generator.compile`."""
+def time_batch(generator: Generator, batch: int, few: int) -> dict:
+    """Evaluations and decoded images a second of batches of one size, once the generator is ready for them."""
     images = torch.arange(batch)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if args.compile:
-        compiling = timed(lambda: generator.compile(batch))
-    else:
-        compiling = timed(lambda: generator.decode(generator.latents(images, 2)))
     generator.latents(images, 3)  # the last of them as it will be from then on
-    sampling = timed(lambda: generator.latents(images, args.few)) / args.few
+    sampling = timed(lambda: generator.latents(images, few)) / few
     latents = generator.latents(images, 2)
     decoding = timed(lambda: generator.decode(latents))
     return {
-        "batch": batch,
-        "compile_seconds": compiling,
         "evaluations_per_second": batch / sampling,
         "decoded_per_second": batch / decoding,
         "images_per_second_at_250": batch / (EVALUATIONS * sampling + decoding),
@@ -287,12 +289,13 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
     flops = forward_flops(plain.model)
     result |= {"operations_an_evaluation": flops, "ceiling_tflops": ceiling(device), "rows": []}
     for batch in args.batches:
-        row = time_batch(fast, batch, args)
+        row = {"batch": batch, "compile_seconds": make_ready(fast, batch, args.compile)}
         if "errors" not in result:
             result["errors"] = compare(fast, plain)
             print(json.dumps(result["errors"], indent=1), flush=True)
-            if args.profile:
-                result["profile"] = where_time_goes(fast, batch, args.few)
+        row |= time_batch(fast, batch, args.few)
+        if args.profile and not result["rows"]:
+            result["profile"] = where_time_goes(fast, batch, args.few)
         row["tflops"] = row["evaluations_per_second"] * flops / 1e12
         row["share_of_ceiling"] = row["tflops"] / result["ceiling_tflops"]
         result["rows"].append(row)
