@@ -200,7 +200,7 @@ def views_of_step(batch_size: int, num_views: int, seed: int, step: int) -> np.n
 class StepSampler(Sampler):
     """Addresses (step, rows, views) for the steps `start` … `stop` − 1.
 
-    `batch_size` is global and `slice_` this process's part of it. Its position is the step, so resuming is a new
+    `batch_size` is global and `share` this process's part of it. Its position is the step, so resuming is a new
     sampler with another `start`. Use it with `DataLoader(dataset, sampler=StepSampler(…), batch_size=None)`.
     """
 
@@ -212,10 +212,10 @@ class StepSampler(Sampler):
         seed: int,
         start: int,
         stop: int,
-        slice_: slice = slice(None),
+        share: slice = slice(None),
     ):
         self.num_rows, self.batch_size, self.num_views, self.seed = num_rows, batch_size, num_views, seed
-        self.start, self.stop, self.slice = start, stop, slice_
+        self.start, self.stop, self.share = start, stop, share
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -224,7 +224,7 @@ class StepSampler(Sampler):
         for step in range(self.start, self.stop):
             rows = rows_of_step(self.num_rows, self.batch_size, self.seed, step)
             views = views_of_step(self.batch_size, self.num_views, self.seed, step)
-            yield step, rows[self.slice], views[self.slice]
+            yield step, rows[self.share], views[self.share]
 
 
 def stage(store: str | os.PathLike, directory: str | os.PathLike) -> Path:

@@ -119,8 +119,9 @@ def read_arms(folder: Path) -> dict[str, Arm]:
         if len(found) != len(runs[name]):
             raise ValueError(f"{folder}: two runs of arm {name!r} have one seed: {[str(path) for path, _ in found]}")
         furthest = max(max(scored(run)) for _, run in found)
-        parts = {whole: [run for _, run in found if (max(scored(run)) == furthest) == whole] for whole in (True, False)}
-        arms[name] = Arm(name, parts[True], behind=parts[False])
+        whole = [run for _, run in found if max(scored(run)) == furthest]
+        behind = [run for _, run in found if max(scored(run)) < furthest]
+        arms[name] = Arm(name, whole, behind)
     return arms
 
 

@@ -124,15 +124,18 @@ def draw_diversity(sets: dict[int, tuple[dict[str, Arm], float]]) -> Figure:
     """Last distance over the number of characters, and the ratio over `label` where its distance is reached."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    distances = {name: {n: arms[name].final for n, (arms, _) in sets.items() if name in arms} for name in DIVERSE}
-    distances[FLOOR] = {n: floor for n, (_, floor) in sets.items() if not np.isnan(floor)}
-    both = {
-        name: [n for n, (arms, _) in sets.items() if {name, "label"} <= {*arms}] for name in DIVERSE if name in SHARES
-    }
-    reached = {
-        name: {n: reach(sets[n][0][name], targets(sets[n][0])["label"])[0].ratio for n in both[name]} for name in both
-    }
-    for panel, lines in ((left, distances), (right, reached)):
+    distances = {name: {} for name in (*DIVERSE, FLOOR)}  # of each line, by the number of characters
+    ratios = {name: {} for name in DIVERSE if name in SHARES}
+    for characters, (arms, floor) in sets.items():
+        for name in DIVERSE:
+            if name in arms:
+                distances[name][characters] = arms[name].final
+        if not np.isnan(floor):
+            distances[FLOOR][characters] = floor
+        for name in ratios:
+            if name in arms and "label" in arms:
+                ratios[name][characters] = reach(arms[name], targets(arms)["label"])[0].ratio
+    for panel, lines in ((left, distances), (right, ratios)):
         ends = []
         for name, line in lines.items():
             points = [(n, value) for n, value in line.items() if value]
