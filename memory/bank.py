@@ -41,29 +41,8 @@ class MemoryBank:
         name, freq_name = ("snippets", "freq") if path is None else (str(path), str(self.path.with_suffix(".freq")))
         if not isinstance(snippets, torch.Tensor) or snippets.ndim != 2 or not snippets.is_floating_point():
             raise ValueError(f"{name}: expected one float tensor (K, F), got {_describe(snippets)}")
-        if not isinstance(freq, torch.Tensor | np.ndarray | Sequence) or isinstance(freq, str):
-            raise ValueError(f"{freq_name}: expected a list or tensor of K integers, got {_describe(freq)}")
-        freq = torch.as_tensor(freq)
-        if freq.shape != snippets.shape[:1]:
-            raise ValueError(
-                f"{freq_name}: {_describe(freq)} does not fit the {len(snippets)} snippets of {name}; "
-                "take both files from one bank"
-            )
-        if not torch.equal(freq, freq.long().to(freq.dtype)):
-            raise ValueError(f"{freq_name}: expected integers, got {freq.dtype} with fractions, NaN or infinity")
-        if (freq < 0).any() or not (freq > 0).any():
-            raise ValueError(
-                f"{freq_name}: frequencies must be 0 or more and not all 0, got {freq.min()} to {freq.max()}; "
-                "build the bank again"
-            )
-        known = isinstance(assignment, torch.Tensor | None)
-        if not known or (assignment is not None and (assignment.ndim != 2 or assignment.is_floating_point())):
-            raise ValueError(f"assignment of {name}: expected integers (N, V), got {_describe(assignment)}")
-        if assignment is not None and not (assignment.min() >= 0 and assignment.max() < len(snippets)):
-            raise ValueError(
-                f"assignment of {name}: rows {assignment.min()} to {assignment.max()} of a bank of {len(snippets)}; "
-                "take all files from one bank"
-            )
+        freq = _frequencies(freq, len(snippets), freq_name, name)
+        _check_assignment(assignment, len(snippets), name)
         self.snippets = snippets.float()  # (K, F)
         self.freq = freq.long().to(snippets.device)  # (K,)
         self.assignment = None if assignment is None else assignment.int().cpu()  # (N, V)
@@ -213,6 +192,38 @@ def read_snippets(path: str, flag: str = "--snippets") -> torch.Tensor:
     if bad.any():
         raise ValueError(f"{flag} {path}: {bad.sum()} vectors are zero or not finite, row {bad.int().argmax()} first")
     return vectors
+
+
+def _frequencies(freq: object, rows: int, freq_name: str, name: str) -> torch.Tensor:
+    """`freq` as a tensor (K,); ValueError unless it holds a whole number for each of the rows, and not zeros alone."""
+    if not isinstance(freq, torch.Tensor | np.ndarray | Sequence) or isinstance(freq, str):
+        raise ValueError(f"{freq_name}: expected a list or tensor of K integers, got {_describe(freq)}")
+    freq = torch.as_tensor(freq)
+    if freq.shape != (rows,):
+        raise ValueError(
+            f"{freq_name}: {_describe(freq)} does not fit the {rows} snippets of {name}; take both files from one bank"
+        )
+    if not torch.equal(freq, freq.long().to(freq.dtype)):
+        raise ValueError(f"{freq_name}: expected integers, got {freq.dtype} with fractions, NaN or infinity")
+    if (freq < 0).any() or not (freq > 0).any():
+        raise ValueError(
+            f"{freq_name}: frequencies must be 0 or more and not all 0, got {freq.min()} to {freq.max()}; "
+            "build the bank again"
+        )
+    return freq
+
+
+def _check_assignment(assignment: object, rows: int, name: str) -> None:
+    """Raise ValueError unless an assignment is None, or integers (N, V) that number the rows."""
+    if assignment is None:
+        return
+    if not isinstance(assignment, torch.Tensor) or assignment.ndim != 2 or assignment.is_floating_point():
+        raise ValueError(f"assignment of {name}: expected integers (N, V), got {_describe(assignment)}")
+    if not (assignment.min() >= 0 and assignment.max() < rows):
+        raise ValueError(
+            f"assignment of {name}: rows {assignment.min()} to {assignment.max()} of a bank of {rows}; "
+            "take all files from one bank"
+        )
 
 
 def _read(path: Path) -> object:
