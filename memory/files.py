@@ -61,7 +61,10 @@ def remove_stale(*folders: str | os.PathLike) -> None:
     for folder in map(Path, folders):
         for path in folder.glob(".*.tmp*"):
             name = TEMPORARY.fullmatch(path.name)
-            if name and (not running(int(name["pid"])) if name["host"] == HOST else aged(path)):
+            if not name:
+                continue
+            stale = not running(int(name["pid"])) if name["host"] == HOST else aged(path)
+            if stale:
                 with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
                     path.unlink()
 
