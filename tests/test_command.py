@@ -68,7 +68,7 @@ def test_a_named_error_is_one_line(main, message, capsys):
         lambda: np.zeros(3) + np.zeros(4),
         lambda: int("three"),
         hand_on,
-        lambda: torch.distributions.Normal(0, -1),
+        lambda: torch.distributions.Normal(0, -1, validate_args=True),
         lambda: {}["key"],
     ],
 )
@@ -80,7 +80,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(main):
 def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):
     monkeypatch.setattr(command, "ROOT", command.Path(torch.__file__).resolve().parents[4])
     with pytest.raises(ValueError, match="scale"):
-        command.execute(lambda: torch.distributions.Normal(0, -1))
+        command.execute(lambda: torch.distributions.Normal(0, -1, validate_args=True))
 
 
 def test_neither_the_source_nor_the_way_to_it_is_needed(tmp_path, monkeypatch):
