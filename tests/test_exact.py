@@ -1,0 +1,44 @@
+"""Exact velocities against their definition, and samples by them, which are images of the store."""
+
+import numpy as np
+import pytest
+import torch
+from test_train import write_store
+
+from samplers import LABEL_DRAW, uniform
+from scripts import exact
+
+
+def test_the_velocity_is_the_mean_over_the_posterior():
+    torch.manual_seed(0)
+    images, x, t = torch.rand(2, 3, 5) * 2 - 1, torch.randn(2, 5, dtype=torch.float64), 0.4
+    known = torch.tensor([[True, True, True], [True, True, False]])
+    for row, count in ((0, 3), (1, 2)):
+        likely = [torch.exp(-((x[row] - (1 - t) * y) ** 2).sum() / (2 * t * t)) for y in images[row, :count].double()]
+        of_each = [(x[row] - (1 - t) * y) / t - y for y in images[row, :count].double()]  # its noise, less the image
+        expected = sum(p * v for p, v in zip(likely, of_each, strict=True)) / sum(likely)
+        torch.testing.assert_close(exact.exact_velocity(images, known, x, t)[row], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def store(tmp_path):
+    write_store(tmp_path / "store", pixels=True)
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("condition", ["label", "own", "real"])
+def test_samples_are_images_of_their_class(store, condition, tmp_path):
+    words = ["--store", store, "--condition", condition, "--num-images", 6, "--steps", 100, "--seed", 3]
+    exact.main([*map(str, words), "--out", str(tmp_path / "out")])
+    samples = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    pixels, labels = np.load(store / "latents.npy")[:, 0], np.load(store / "labels.npy")
+    drawn = (uniform(3, torch.arange(6), LABEL_DRAW) * 3).long().numpy()
+    for sample, label in zip(samples, drawn, strict=True):
+        others = pixels[labels == label].transpose(0, 2, 3, 1).astype(int)
+        assert np.abs(others - sample).max((1, 2, 3)).min() <= 1
+
+
+def test_latents_are_refused(tmp_path):
+    write_store(tmp_path / "latents")
+    with pytest.raises(ValueError, match="expected pixels with labels"):
+        exact.main(["--store", str(tmp_path / "latents"), "--out", str(tmp_path / "out")])
