@@ -129,3 +129,12 @@ def test_the_memory_example_runs(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
 def test_the_two_commands_are_printed(root, script):
     assert f"bash scripts/{script}" in blocks(root, "bash")[0]
+
+
+def test_every_large_file_has_its_reason(root):
+    licence = (root / "README.md").read_text().partition("## Licence")[2]
+    large = [path for folder in ("assets", "benchmarks") for path in (root / folder).rglob("*") if path.is_file()]
+    large = [path for path in large if path.stat().st_size > 2**21]
+    assert large
+    for path in large:
+        assert f"{path.relative_to(root)}`" in licence or f"`{path.parent.name}`" in licence, path
