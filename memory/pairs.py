@@ -5,6 +5,7 @@ for the device: what is looked up on the CPU is copied from pinned memory.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class Pairs:
         self.meta = read_meta(args.store)
         self.codec = self.meta["codec"]
         self._check(args.store, self.meta)
+        self._warn_of_another_store()
         self.patches, self.align_encoder = self._alignment() if args.align_coeff > 0 else (None, None)
         store = stage(args.store, args.stage) if args.stage and not args.dry_run else args.store
         self.train = self._open(store, patches=self.patches, images=self.align_encoder is not None)
@@ -70,6 +72,19 @@ class Pairs:
             facts = "; ".join(f"{key} {made_by.get(key)}, here {features.get(key)}" for key in differing)
             raise ValueError(
                 f"--bank {self.args.bank} was made by another {self.encoder} than the features of {store}: {facts}"
+            )
+
+    def _warn_of_another_store(self) -> None:
+        """Say so if the bank stands for other images than the store's, which may be meant: no assignment is taken over,
+        the nearest rows are searched for."""
+        made_from = self.bank.meta.get("store_fingerprint") if self.bank else None
+        if made_from not in (None, self.meta["fingerprint"]):
+            store, its = self.args.store, self.bank.meta.get("store")
+            warnings.warn(
+                f"--bank {self.args.bank} was built from another store, {its} (fingerprint {made_from!s:.12}), than "
+                f"--store {store} ({self.meta['fingerprint']:.12}): its snippets are of other images; if that is not "
+                f"meant, build one from these: `python -m memory.build_bank --store {store} …`",
+                stacklevel=2,
             )
 
     def _snippet_encoder(self) -> str:

@@ -721,6 +721,31 @@ def test_stores_that_lack_what_the_run_needs(folder):
         train.main(words)
 
 
+@pytest.mark.parametrize("source", ["nearest", "own"])
+def test_a_bank_of_another_store_is_named_and_searched_anew(folder, source):
+    """Its own assignment, of as many images, would join every latent with a stranger's snippet."""
+    store = write_store(folder / f"other-{source}", seed=5)
+    words = command(folder, folder / "never", "--store", store, "--snippet-from", source)
+    message = r"bank was built from another store, .*0-False-40.*than --store .*other-.*5-False-40"
+    with pytest.warns(UserWarning, match=message):
+        data = pairs.Pairs(train.parse(words), torch.device("cpu"))
+    if source == "nearest":
+        features = LatentDataset(store, encoder="toy").features
+        assert np.array_equal(data.train.assignment, data.bank.assign(features))
+        assert not np.array_equal(data.train.assignment, data.bank.assignment)
+
+
+def test_nothing_is_said_of_the_own_bank_and_of_one_without_a_record(folder, recwarn):
+    """Nor of the held-out store, which a bank is never built from."""
+    published = folder / "published"
+    published.mkdir()
+    for name in ("bank.pth", "bank.freq"):
+        shutil.copy(folder / "bank" / name, published)
+    for words in ([], ["--bank", published, "--encoder", "toy"]):
+        pairs.Pairs(train.parse(command(folder, folder / "never", *words)), torch.device("cpu"))
+    assert not recwarn
+
+
 def test_an_own_feature_that_is_not_finite_is_named(folder):
     store = write_store(folder / "nan", seed=4)
     features = np.load(store / "features" / "toy.npy")
