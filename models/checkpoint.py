@@ -37,6 +37,8 @@ FACTS = {  # of a checkpoint, by their kinds
     **{"args": (dict,), "codec": (dict, NoneType), "bank": (dict, NoneType), "encoder": (str, NoneType)},
     **{"store": (dict, NoneType), "image_size": (int, NoneType), "steps": (int, NoneType)},
 }
+REMEDY = "give the --out of train.py (which saves every --save-every steps) or of scripts.export, a file in one, or "
+REMEDY += "published weights, which `bash scripts/fetch.sh gmem` gets"
 LISTED = 8  # differences of a kind that a message lists
 
 
@@ -66,7 +68,8 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
             return found[-1]
     if (path / EXPORTED).is_file():
         return path / EXPORTED
-    raise ValueError(f"checkpoint {path}: no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}")
+    wanted = f"no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}"
+    raise ValueError(f"checkpoint {path}: {wanted}; {REMEDY}")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

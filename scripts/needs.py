@@ -5,21 +5,21 @@ import json
 from pathlib import Path
 
 from memory.files import free_space
+from models.checkpoint import REMEDY
 from models.sit import SiT
 
-MAKERS = {"store": "scripts.encode_dataset", "holdout": "scripts.encode_dataset", "bank": "memory.build_bank"}
+ENCODE, BUILD = (f"`python -m {maker}` makes it" for maker in ("scripts.encode_dataset", "memory.build_bank"))
+REMEDIES = {"store": ENCODE, "holdout": ENCODE, "bank": BUILD, "align_encoder_weights": "give a file", "init": REMEDY}
 
 
 def missing(args: argparse.Namespace) -> list[str]:
     """What the command names that is not there, a line each."""
-    flags, lines = [*MAKERS, "align_encoder_weights"], []
-    begun = any(Path(args.out, "checkpoints").glob("*.pt"))
-    if args.init and not begun and not args.init.startswith("hf:"):  # else it has served, or is looked for on the hub
-        flags.append("init")
-    for flag in flags:
+    lines, begun = [], any(Path(args.out, "checkpoints").glob("*.pt"))
+    for flag, remedy in REMEDIES.items():
         path = getattr(args, flag) and Path(getattr(args, flag), "meta.json" if flag in ("store", "holdout") else "")
+        if flag == "init" and (begun or (args.init or "").startswith("hf:")):
+            continue  # it has served, or is looked for on the hub
         if path and not path.exists():
-            remedy = f"`python -m {MAKERS[flag]}` makes it" if flag in MAKERS else "give the path of a file"
             lines.append(f"--{flag.replace('_', '-')}: {path} does not exist; {remedy}")
     return lines
 

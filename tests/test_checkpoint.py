@@ -62,8 +62,12 @@ def test_a_run_gives_its_latest_state(saved):
     assert find_checkpoint(path.parent.parent).name == "0000012-ema.pt"
     torch.save(checkpoint, path.with_name("0000012.pt"))
     assert find_checkpoint(path.parent).name == "0000012.pt"
-    with pytest.raises(ValueError, match="no such file"):
-        find_checkpoint(path.parent / "nothing")
+    (path.parent / "empty").mkdir()
+    for name in ("nothing", "empty"):
+        with pytest.raises(
+            ValueError, match=f"{name}: no such file, nor a folder .*give the --out of train.py.*fetch.sh"
+        ):
+            find_checkpoint(path.parent / name)
 
 
 def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):

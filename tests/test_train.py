@@ -676,7 +676,8 @@ def test_replayed_inputs_keep_their_structure():
         (["--batch-size", "9", "--micro-batch", "4"], "does not divide the 9 images of a process; 3 does"),
         (["--align-coeff", "0.5"], "needs patch tokens"),
         (["--encoder", "other"], "made by encoder toy"),
-        (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist"),
+        (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist; give the --out of train.py"),
+        (["--align-coeff", "1", "--align-encoder-weights", "no.pt"], "weights: no.pt does not exist; give a file"),
         (["--init", "hf:some/where"], "checkpoint hf:some/where: expected hf:ORGANISATION"),
     ],
 )
