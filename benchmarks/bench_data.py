@@ -11,11 +11,9 @@ import argparse
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from dataset import FORMAT, META, LatentDataset, StepSampler, layout
 from memory.files import write_json
+from memory.provenance import provenance
 
 FEATURES = "random"
 
@@ -90,11 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": arguments.batch_size,
         "num_images": arguments.num_images,
         "device": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "command": "python -m benchmarks.bench_data " + " ".join(sys.argv[1:] if argv is None else argv),
-        "date": date.today().isoformat(),
     }
-    write_json(arguments.out, result)
+    write_json(arguments.out, provenance(argv) | result)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,10 @@ import gc
 import itertools
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +40,7 @@ from loss import FlowMatchingLoss, draw
 from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.pairs import Pairs
+from memory.provenance import provenance
 from models.kernels import fast_attention
 from models.replay import WARM_STEPS, Replay
 from models.sit import SiT_models
@@ -383,16 +381,9 @@ def main(argv: list[str] | None = None) -> None:
 def save(out: Path, argv: list[str] | None, result: dict) -> None:
     """Write the table as far as it is, with what it was measured on."""
     if int(os.environ.get("RANK", 0)) == 0:
-        on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-        launcher = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
-        facts = {
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "processes": processes,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-            "command": f"{launcher} -m benchmarks.bench_train " + " ".join(sys.argv[1:] if argv is None else argv),
-            "date": str(date.today()),
-        }
-        write_json(out, facts | result)
+        made = provenance(argv, int(os.environ.get("WORLD_SIZE", 1)))
+        made["versions"]["cuda"] = torch.version.cuda
+        write_json(out, made | result)
 
 
 def small_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:

@@ -10,11 +10,9 @@ are sampled on one as well and compared. `--small` shrinks every size for a mach
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from memory.files import write_json
+from memory.provenance import provenance
 
 
 def make_images(folder: Path, count: int, size: int) -> None:
@@ -70,16 +69,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def facts(args: argparse.Namespace, name: str) -> dict:
-    """How, when and on what the results of `benchmarks.NAME` came about."""
-    device = platform.processor() or "CPU"
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return {
-        "command": f"python -m benchmarks.{name} --gpus {args.gpus}{' --small' * args.small} --work DIR --out FILE",
-        "date": str(date.today()),
-        "device": device,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-    }
+    """How, when and on what the results of `benchmarks.NAME` came about, without this machine's folders."""
+    command = f"python -m benchmarks.{name} --gpus {args.gpus}{' --small' * args.small} --work DIR --out FILE"
+    return provenance(processes=args.gpus) | {"command": command}
 
 
 def main(argv: list[str] | None = None) -> None:

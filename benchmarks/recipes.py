@@ -170,21 +170,19 @@ def main(argv: list[str] | None = None) -> None:
     assert difference.max() <= 8, f"images differ by {difference.max()} levels"
     assert len(np.unique(array.reshape(drawn, -1), axis=0)) == drawn, "images repeat"
 
-    result = {
-        **facts(args, "recipes"),
-        "recipes": recipes.rows,
+    compared = {
         "training steps repeated": repeated,
         "largest relative difference of their losses": largest,
         "images kept of the killed run": kept,
         "largest pixel difference of the images": int(difference.max()),
         "mean pixel difference of the images": float(difference.mean()),
     }
-    write_json(args.out, result)
+    write_json(args.out, {**facts(args, "recipes"), "recipes": recipes.rows, **compared})
     print(f"\n{'seconds':>9}  recipe (start-up and compilation included)")
     for row in recipes.rows:
         print(f"{row['seconds']:9.1f}  {row['recipe']}: {row['what']}")
-    for key in list(result)[5:]:
-        print(f"{key}: {result[key]}")
+    for key, value in compared.items():
+        print(f"{key}: {value}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks import bench_evaluate, bench_kmeans, bench_train
+from benchmarks.path import facts, parser
 from evaluations.inception import Features
+from memory.provenance import code_version
 
 
 def test_a_search_with_a_wrong_label_is_not_timed(monkeypatch):
@@ -34,6 +36,14 @@ def test_a_network_with_other_features_on_a_gpu_is_not_timed(wrong, monkeypatch)
     else:
         with pytest.raises(AssertionError, match=wrong):
             bench_evaluate.check(Path("weights"))
+
+
+def test_the_record_of_whole_commands_names_its_code_and_no_folder(tmp_path):
+    words = ["--gpus", "2", "--work", tmp_path / "work", "--out", tmp_path / "x.json"]
+    record = facts(parser("").parse_args(list(map(str, words))), "own")
+    assert record["code"] == code_version()
+    assert (record["command"], record["processes"]) == ("python -m benchmarks.own --gpus 2 --work DIR --out FILE", 2)
+    assert str(tmp_path) not in str(record)
 
 
 def test_gradients_further_from_float32_than_the_plain_ones_are_not_timed(tmp_path):

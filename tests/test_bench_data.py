@@ -11,5 +11,5 @@ def test_every_way_of_reading_is_timed(tmp_path):
     result = json.loads((tmp_path / "data.json").read_text())
     assert list(result["samples_per_second"]) == ["direct calls", *(f"DataLoader, {i} workers" for i in range(3))]
     assert all(rate > 0 for rate in result["samples_per_second"].values())
-    assert {"device", "versions", "command", "date"} <= result.keys()
+    assert {"code", "device", "processes", "versions", "command", "date"} <= result.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]

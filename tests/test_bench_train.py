@@ -30,7 +30,7 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
     assert result["errors against float32"]["gradients, train.py"] < 1e-5
     assert result["ceiling_tflops"] > 0
     assert result["operations_an_image"] == 3 * 2 * counted_macs()
-    assert {"device", "versions", "command", "date"} <= result.keys()
+    assert {"code", "device", "processes", "versions", "command", "date"} <= result.keys()
     assert "images_per_second" in capsys.readouterr().out
 
 
