@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dataset import LatentDataset
 from memory.command import Help, execute
-from memory.files import atomic
+from memory.files import atomic, write_json
 from models.autoencoder import to_uint8
 from samplers import LABEL_DRAW, noise, samplers, uniform
 
@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
 
         images.append(to_uint8(samplers[args.sampler](velocity, z, args.steps).unflatten(1, shape)))
     with atomic(args.out / "samples.npz") as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, arr_0=torch.cat(images).permute(0, 2, 3, 1).numpy())
+        np.savez(stream, arr_0=torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    settings = {"labels": "random", "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
+    write_json(args.out / "samples.json", {"num_images": args.num_images, "complete": True, "settings": settings})
     print(f"{args.num_images} images in {args.out / 'samples.npz'}")
 
 

@@ -146,9 +146,24 @@ def test_labels_of_a_file(count, store, tmp_path):
     assert of(found, "samples") == [0.5, 0.5, 0, 0]  # b's black is 1, c's bold 11
     with pytest.raises(ValueError, match=rf"--labels None: .*the file whose SHA-256 is {digest}; name it"):
         count(store, [11] * 4, labels=digest, seed=0)
+    with pytest.raises(ValueError, match=r"labels\.npy: .*the file whose SHA-256 is 0123; name it"):
+        count(store, [11] * 4, *words, labels="0123", seed=0)
     np.save(tmp_path / "labels.npy", np.array([1, 3]))
     with pytest.raises(ValueError, match="class 3, and the store has 3"):
         count(store, [11] * 4, *words, labels=sha256(tmp_path / "labels.npy"), seed=0)
+
+
+@pytest.mark.parametrize(("left", "controls"), [(1, [10, 3]), (0, [11, 2])])
+def test_controls_without_a_neighbour_are_left_out(count, store, tmp_path, left, controls):
+    """Class c with one image, which may not find itself, and with none, so that its held-out image finds nothing."""
+    for part in ("store", "store-holdout"):
+        shutil.copytree(store.with_name(part), tmp_path / part)
+    np.save(tmp_path / "store" / "labels.npy", [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1 + left])
+    np.save(tmp_path / "labels.npy", np.array([0, 1]))
+    words = ["--labels", str(tmp_path / "labels.npy")]
+    greys = [grey for fonts in GREYS.values() for grey in fonts.values()]
+    _, found = count(tmp_path / "store", greys, *words, labels=sha256(tmp_path / "labels.npy"), seed=0)
+    assert list(found["num_images"].values()) == [11, *controls]
 
 
 def test_what_cannot_be_compared_is_named(count, store, tmp_path, capsys):
