@@ -5,9 +5,10 @@ in which shapes; the writer preallocates them from it and the reader checks them
 so that opening costs nothing and only what is fetched is read. Features and moments were checked to be finite when they
 were written (`"finite": true` in meta.json); the reader does not scan them again.
 
-Reading is one NumPy index a file (`benchmarks/bench_data.py`). From the page cache that is faster in the training
-process than through workers, which must copy every batch to shared memory: use workers only where the disk is slow, or
-`stage` the store first. Rows are read in the order asked for: sorting them costs a second copy and gains nothing there.
+Reading is one NumPy index a file. From the page cache that is ten times as fast in the training process as through
+workers, which must copy every batch to shared memory (`benchmarks/bench_data.py`): use workers only where the disk is
+slow, or `stage` the store first. Rows are read in the order asked for: sorting them costs a second copy and gains
+nothing there.
 
 The order of the rows is the endless concatenation of one permutation of all rows per (seed, epoch), cut into batches;
 the coin that picks each sample's view is drawn for the whole batch from (seed, step). Both depend on nothing else, so

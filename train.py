@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--codec", help="where the store's codec lies now, to decode the grids; by its own name if not given")
     add("--stage", metavar="DIR", help="copy the store to this fast disk first, sequentially, and read it there")
     add("--resident", action="store_true", help="keep all that steps read on the GPU (latents of 1.28M images: 21 GB)")
-    add("--workers", type=int, default=2, help="reading processes for each training process; 0: it reads itself")
+    add("--workers", type=int, default=0, help="reading processes for each training process, where the disk is slow")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
     add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more time")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay as CUDA graphs; on with a GPU")

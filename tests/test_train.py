@@ -591,6 +591,20 @@ def test_the_holdout_beside_the_store_is_found(folder):
     assert with_slash.holdout == str(folder / "store-holdout")
 
 
+def test_steps_are_read_in_the_training_process_unless_workers_are_asked_for(folder, monkeypatch):
+    """Which is faster wherever the disk is not slow: see dataset.py."""
+    words = command(folder, folder / "never")
+    at = words.index("--workers")
+    args = train.parse(words[:at] + words[at + 2 :])
+    trainer = train.Trainer(args, train.launch(args), pairs.Pairs(args, torch.device("cpu")))
+    asked = []
+    monkeypatch.setattr(train, "DataLoader", lambda store, **options: asked.append(options["num_workers"]) or [])
+    assert list(trainer.batches()) == []
+    args.workers = 3
+    assert list(trainer.batches()) == []
+    assert asked == [0, 3]
+
+
 def test_stage_reads_a_copy(folder, whole):
     train.main(command(folder, folder / "staged", "--steps", 6, "--stage", folder / "fast"))
     assert (folder / "fast" / "store" / "latents.npy").exists()
