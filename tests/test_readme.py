@@ -1,5 +1,6 @@
-"""What the README prints is true: its commands parse, its example runs, its files exist."""
+"""What the READMEs print is true: their commands parse, the example runs, files and links exist."""
 
+import argparse
 import importlib
 import os
 import re
@@ -13,16 +14,17 @@ from memory.bank import MemoryBank
 from scripts.quoted import QUOTED
 
 COMMANDS = {"train.py": "train", "sample_ddp.py": "sample_ddp"}
+PAGES = ("README.md", "benchmarks/README.md", "evaluations/README.md")
 
 
-def blocks(root, language):
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", (root / "README.md").read_text(), re.S | re.M)
-    return [block for kind, block in fences if kind == language]
+def blocks(root, language, pages=PAGES):
+    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+    return [block for page in pages for kind, block in fence.findall((root / page).read_text()) if kind == language]
 
 
-def commands(root):
+def commands(root, page):
     """(module, words) of every command line of ours in the bash blocks, continuation lines joined."""
-    for block in blocks(root, "bash"):
+    for block in blocks(root, "bash", [page]):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             for place, word in enumerate(words):
@@ -37,17 +39,32 @@ def commands(root):
                     yield words[place + 1], words[place + 2 :]
 
 
-def test_every_command_parses(root):
-    found = list(commands(root))
-    assert {module for module, _ in found} >= {
-        "scripts.encode_dataset",
-        "memory.build_bank",
-        "train",
-        "sample_ddp",
-        "evaluations.evaluator",
-    }
+class Parsed(Exception):
+    """Raised in the place of what a command does after it has read its arguments."""
+
+
+@pytest.mark.parametrize(("page", "least"), zip(PAGES, (10, 30, 5), strict=True))
+def test_every_command_parses(root, page, least, monkeypatch):
+    found = list(commands(root, page))
+    assert len(found) >= least
+    if page == "README.md":
+        modules = {"scripts.encode_dataset", "memory.build_bank", "train", "sample_ddp", "evaluations.evaluator"}
+        assert {module for module, _ in found} >= modules
+    read = argparse.ArgumentParser.parse_args
+
+    def only(parser, words):
+        read(parser, words)
+        raise Parsed
+
     for module, words in found:
-        importlib.import_module(module).parse(words)
+        module = importlib.import_module(module)
+        if hasattr(module, "parse"):
+            module.parse(words)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(argparse.ArgumentParser, "parse_args", only)
+                with pytest.raises(Parsed):
+                    module.main(words)
 
 
 def test_every_command_is_a_program(root):
@@ -63,20 +80,46 @@ def test_every_command_is_a_program(root):
         assert re.search(r'\n\nif __name__ == "__main__":\n(    .*\n)*?    (.*\()?main[()]', path.read_text()), path
 
 
-def test_every_script_and_file_exists(root):
-    text = (root / "README.md").read_text()
-    for script in re.findall(r"bash (scripts/[\w-]+\.sh)", text):
-        assert (root / script).is_file(), script
-    (tree,) = [block for block in blocks(root, "") if block.startswith("train.py")]
+def test_the_tree_names_files_that_exist(root):
+    (tree,) = [block for block in blocks(root, "", ["README.md"]) if block.startswith("train.py")]
     for line in tree.splitlines():
         assert (root / line.split()[0]).exists(), line
+
+
+def test_links_lead_somewhere(root):
+    """Relative ones to a file, and behind a # to a heading of it, as GitHub names them."""
+
+    def headings(path):
+        lines = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M), re.M)
+        return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+    pages = [page for folder in ("assets", "benchmarks", "evaluations") for page in (root / folder).rglob("*.md")]
+    found = 0
+    for page in [root / "README.md", *pages]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not link.startswith(("https:", "http:")):
+                name, _, heading = link.partition("#")
+                path = page.parent / name if name else page
+                assert path.exists(), f"{page}: {link}"
+                assert not heading or heading in headings(path), f"{page}: {link}"
+                found += 1
+    assert found > 60
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(root, page):
+    text = (root / page).read_text()
+    for name in re.findall(r"`((?:scripts|models|memory|evaluations|benchmarks|tests|assets)/[\w./*-]+)`", text):
+        assert list(root.glob(name)), name
+    for module in re.findall(r"`(?:python -m )?((?:scripts|memory|evaluations|benchmarks)\.[a-z_]+)(?= |`)", text):
+        assert (root / module.replace(".", "/")).with_suffix(".py").exists(), module
 
 
 def test_every_recipe_is_printed(root):
     text = (root / "README.md").read_text()
     for script in (root / "scripts").glob("*.sh"):
         assert script.name in text or not os.access(script, os.X_OK) or script.name == "setup.sh", script.name
-    for script in re.findall(r"scripts/[\w-]+\.sh", text):
+    for script in re.findall(r"scripts/[\w-]+\.sh", "".join((root / page).read_text() for page in PAGES)):
         assert (root / script).is_file(), script
 
 
@@ -88,7 +131,8 @@ def test_shell_blocks_are_shell(root):
 def test_variables_before_a_script_are_read(root):
     """By it, or by what it sources or hands over to."""
     scripts = {script.name: script.read_text() for script in (root / "scripts").glob("*.sh")}
-    found = re.findall(r"((?:\b[A-Z_]+=\S+ )+)bash scripts/([\w-]+\.sh)", (root / "README.md").read_text())
+    text = "".join((root / page).read_text() for page in PAGES)
+    found = re.findall(r"((?:\b[A-Z_]+=\S+ )+)bash scripts/([\w-]+\.sh)", text)
     assert len(found) > 5
     for given, script in found:
         used, left = [], [script]
