@@ -204,20 +204,21 @@ def load_codec(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, channels: int | None = None
 ) -> Codec:
     """Make the codec called `name`: a key of `codecs`, a folder in diffusers' AutoencoderKL format, from the working
-    directory or from this repository, so that what assets/ names is found anywhere, or a hub name
-    (`organisation/repository`). A VAE computes in `dtype`; `channels` (1 or 3) is the pixel codec's image channels.
+    directory, from this repository, so that what assets/ names is found anywhere, or from the weights folder, or a hub
+    name (`organisation/repository`). A VAE computes in `dtype`; `channels` (1 or 3) are those of the pixel codec.
 
     Raises ValueError if the name is unknown or a file is missing, naming the file and where it was looked for.
     """
     if name in codecs:
         return codecs[name](name, device, dtype, channels)
-    for folder in (Path(name), ROOT / name):
+    for folder in (Path(name), ROOT / name, weights_folder() / name):
         if folder.is_dir():
             return VAECodec(name, folder, device, dtype, scale=None)
     if name.count("/") == 1 and all(name.split("/")):
         return hub_vae(name)(name, device, dtype, channels)
     raise ValueError(
-        f"codec {name!r} is none of {', '.join(codecs)}, no folder here, and no hub name (organisation/repository)"
+        f"codec {name!r} is none of {', '.join(codecs)}, no folder here or in {weights_folder()}, and no hub name "
+        "(organisation/repository): give its folder by --codec"
     )
 
 

@@ -82,13 +82,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def without_folders(config: dict) -> dict:
-    """`args` and `store` of a checkpoint's facts with the names of files, without the maker's folders."""
+    """`args`, `store` and `codec` of a checkpoint's facts with the names of files, without the maker's folders.
+
+    A codec keeps a name that others find, a hub's or one in assets/. Whoever has another one's folder puts it into the
+    weights folder under its name or passes it as --codec; the hash of its weights tells whether it is the same.
+    """
     args = {
         key: Path(value).name if key in PLACES and isinstance(value, str) else value
         for key, value in config["args"].items()
     }
     store = config["store"] and config["store"] | {"path": Path(config["store"]["path"]).name}
-    return {"args": args, "store": store}
+    codec = Path(config["codec"]["name"])
+    codec = codec.name if {"/", ".."} & set(codec.parts) else str(codec)
+    return {"args": args, "store": store, "codec": config["codec"] | {"name": codec}}
 
 
 def halved(tensor: Tensor, name: str) -> Tensor:
@@ -110,6 +116,7 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
     """What a stranger needs to know of the weights, in Markdown; what is not known is said to be."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     options = ", ".join(f"{key} {value}" for key, value in model.config.items() if key != "model")
+    codec = config["codec"]
     held = "none in this folder; sampling needs --bank" if "snippet" in model.condition else "none needed"
     if bank:
         held = (
@@ -121,7 +128,7 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
         "predicts": f"the velocity of the {config['args'].get('interpolant')} path, data at t = 0 and noise at t = 1",
         "training steps": config["steps"],
         "images": f"{config['image_size']}×{config['image_size']} pixels, latents {list(model.latent_shape)}",
-        "codec": f"{config['codec']['name']}, scale {config['codec'].get('scale')}",
+        "codec": f"{codec['name']}, scale {codec.get('scale')}, SHA-256 {codec.get('sha256') or 'none'}",
         "encoder of the snippets": config["encoder"],
         "memory bank": held,
         "trained on": config["store"] and f"{config['store']['path']}, fingerprint {config['store']['fingerprint']}",

@@ -17,7 +17,7 @@ from safetensors import safe_open
 import sample_ddp
 from memory.bank import MemoryBank
 from memory.files import sha256
-from models.autoencoder import SD_SCALE, check_codec
+from models.autoencoder import SD_SCALE, check_codec, load_codec
 from models.checkpoint import init_weights, load_model, read_any
 from models.published import ALLOWED, convert, hub_file, read_file, recognise
 from models.sit import SiT, SiT_models
@@ -577,6 +577,33 @@ def test_an_export_does_not_tell_the_folders_of_its_maker(tmp_path):
     assert "anna" not in config + (tmp_path / "st" / "README.md").read_text()
     assert json.loads(config)["args"] == facts | {"store": "x", "holdout": "x-holdout", "bank": "x"}
     assert json.loads(config)["store"] == {"path": "x", "fingerprint": "f"}
+
+
+def test_an_exported_codec_is_known_by_name_and_hash(tmp_path, vae, monkeypatch):
+    """And found in the weights folder, or by --codec; one of other weights is refused."""
+    model, codec = SiT_models["SiT-Test/2"](input_size=SIDE, condition="none"), load_codec(str(vae)).meta(64)
+    facts = {"model_config": model.config, "steps": 3, "args": {"interpolant": "linear", "snippet_from": "own"}}
+    facts |= {"bank": None, "store": None, "encoder": None, "image_size": 64}
+    names = {"assets/some-vae": "assets/some-vae", f"../{vae.name}": vae.name, str(vae): vae.name}
+    for published, (given, kept) in zip((tmp_path / letter for letter in "abc"), names.items(), strict=True):
+        torch.save({"ema": model.state_dict(), "codec": codec | {"name": given}, **facts}, tmp_path / "a.pt")
+        export.main([str(tmp_path / "a.pt"), "--out", str(published)])
+        assert load_model(published)[1]["codec"] == codec | {"name": kept}
+        assert codec["sha256"] in (published / "README.md").read_text()
+
+    words = ["--checkpoint", str(published), "--num-images", "2", "--steps", "3", "--out"]
+    with pytest.raises(ValueError, match=rf"codec '{vae.name}' is none of .*: give its folder by --codec"):
+        sample_ddp.main([*words, str(tmp_path / "x")])
+    monkeypatch.setenv("GMEM_WEIGHTS", str(vae.parent))
+    sample_ddp.main([*words, str(tmp_path / "x")])
+    found = np.load(tmp_path / "x" / "samples.npz")["arr_0"]
+    assert np.array_equal(found, sample(published, tmp_path / "y", vae)[0])
+    other = AutoencoderKL.from_pretrained(vae)
+    torch.nn.init.ones_(other.quant_conv.weight)
+    other.save_pretrained(tmp_path / "weights" / vae.name)
+    monkeypatch.setenv("GMEM_WEIGHTS", str(tmp_path / "weights"))
+    with pytest.raises(ValueError, match=f"sha256 is .*, expected {codec['sha256']}"):
+        sample_ddp.main([*words, str(tmp_path / "z")])
 
 
 def test_an_export_refuses_a_used_folder_and_can_leave_the_bank(tmp_path):
