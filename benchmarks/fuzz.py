@@ -4,8 +4,9 @@
 
 A case is a target and a number: the target's real file, mutated as the number says (bits and spans of bytes; members of
 an archive, its checksums made right again; values and keys of JSON; shapes and types in array headers), and read as the
-commands read it. It holds if reading succeeds or one of our own modules raises a ValueError or OSError. It does not if
-an exception comes from inside a library, if it lasts over 10 s, takes over 1 GB, or if code planted in a file runs.
+commands read it. It holds if reading succeeds or one of our own modules raises a ValueError or OSError of which a
+command prints one line. It does not if any other exception comes, if it lasts over 10 s, takes over 1 GB, or if code
+planted in a file runs.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from evaluations.inception import read_weights
 from evaluations.reference import Reference, load_summary
 from evaluations.samples import Samples
 from memory.bank import MemoryBank
+from memory.command import named
 from memory.files import sha256, write_json
 from memory.output import Output
 from memory.provenance import provenance
@@ -432,10 +434,10 @@ def check(name: str, number: int, seeds: Path, place: Path) -> str | None:
 
 
 def ours(error: Exception) -> bool:
-    """Whether one of this project's files raised an error of the kinds that it promises."""
+    """Whether one of this project's files raised an error that ends a command in one line."""
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     here = Path(innermost).is_relative_to(ROOT) and "site-packages" not in innermost
-    return here and isinstance(error, ValueError | OSError)
+    return here and isinstance(error, ValueError | OSError) and named(error)
 
 
 def work(cases: list[tuple[str, int]], seeds: Path, output: int) -> None:

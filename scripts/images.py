@@ -8,6 +8,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from memory.files import reading
+
 # What PIL and zipfile raise for a file that is damaged or of an unknown kind.
 UNREADABLE = (
     OSError,
@@ -30,8 +32,9 @@ def read_image(stream: BinaryIO, upright: bool = False) -> Image.Image:
     gives other pixels. Raises one of `UNREADABLE` if the file is damaged, or of floating-point values, whose range
     nobody knows.
     """
-    image = Image.open(stream)
-    image.load()
+    with reading("as an image"):
+        image = Image.open(stream)
+        image.load()
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL may hold in 32 bits

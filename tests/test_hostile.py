@@ -23,7 +23,7 @@ FOUND = (
     *(("zip", 5240), ("zip", 10417), ("vae-config", 5308), ("vae-config", 5385)),
     *(("inception", 20021), ("samples.json", 20005), ("samples.json", 20086), ("output", 20001), ("output", 20003)),
     *(("config.json", 20004), ("config.json", 20012), ("progress", 20000), ("progress", 20007), ("kept", 20006)),
-    *(("log.jsonl", 20149), ("log.jsonl", 20011)),
+    *(("log.jsonl", 20149), ("log.jsonl", 20011), ("image.tiff", 50109)),
 )
 
 
@@ -116,19 +116,26 @@ def test_the_fuzzer_sees_a_crash_a_hang_and_a_foreign_error(seeds, monkeypatch):
     def foreign(path):
         np.load(path / "no such file")
 
+    def unnamed(path):
+        int("a mistake of ours, of which a command prints the traceback")
+
     def greedy(path):
         torch.ones(5 << 26)
 
     monkeypatch.setattr(fuzz, "SECONDS", 2)
     cases = {"crash": crash, "hang": lambda path: time.sleep(20), "foreign": foreign, "greedy": greedy}
+    cases["unnamed"] = unnamed
     for name, read in cases.items():
         monkeypatch.setitem(fuzz.TARGETS, name, fuzz.Target("snippets", "rows.txt", read))
-    problems = fuzz.run([("foreign", 0), ("crash", 0), ("snippets.txt", 1), ("hang", 0), ("greedy", 0)], seeds)
+    problems = fuzz.run(
+        [("foreign", 0), ("crash", 0), ("snippets.txt", 1), ("hang", 0), ("greedy", 0), ("unnamed", 0)], seeds
+    )
     assert problems["foreign", 0].startswith("FileNotFoundError from a library")
     assert problems["crash", 0].startswith("ended the process")
     assert problems["hang", 0] == "hung"
     assert problems["greedy", 0].startswith("took ")
-    assert len(problems) == 4
+    assert problems["unnamed", 0].startswith("ValueError from a library")
+    assert len(problems) == 5
 
 
 @pytest.mark.parametrize(
