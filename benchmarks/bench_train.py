@@ -10,7 +10,7 @@ one step are compared with plain float32 on the same device. Floating-point oper
 three times a forward pass; the ceiling is a bf16 product of two random 8192×8192 matrices in the same run.
 Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
 counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads, so many
-of which lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
+of which, 8 at most, lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
 """
 
 import argparse

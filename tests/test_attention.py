@@ -30,6 +30,7 @@ def test_training_says_how_many_tokens_it_has(folder, monkeypatch):  # noqa: F81
 @pytest.mark.parametrize(
     ("change", "expected"),
     [({}, True), ({"tokens": 64}, True), ({"width": 1152}, True), ({"dtype": torch.float32}, False)]
+    + [({"tokens": 64, "width": 1152}, False)]  # heads of 72
     + [({"tokens": tokens}, False) for tokens in (16, 128, 1024)]
     + [({"width": width}, False) for width in (512, 1280)]
     + [({"qk_norm": True}, False)],
