@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -184,6 +185,24 @@ def test_logs_that_the_experiment_wrote(root):
         assert f"lr {run['settings']['lr']:g}" in row["settings"]
     for folder in {path.parent for path in paths if path.parent.parent == logs}:
         assert sum(len(arm.runs + arm.behind) for arm in read_arms(folder).values()) == len([*folder.glob("*-?.json")])
+
+
+def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
+    """The tables beside the runs are what the command writes, and evaluations/miniature.md quotes them."""
+    logs = root / "benchmarks" / "miniature"
+    for given in logs.glob("*/table.md"):
+        folder = tmp_path / given.parent.name
+        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "search", "*.md"))
+        compare.main([str(folder)])
+        assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
+        quoted = entries((root / "evaluations" / "miniature.md").read_text(), f"## What was found on {folder.name}")
+        found = entries(given.read_text(), "## Curves")
+        for arm in read_arms(folder):
+            row, (curve, reaches, *_) = quoted[f"`{arm}`"][0], found[arm]
+            words = {"steps to `label`'s last FD; of each seed": [*reaches.values()][1] or "8,000"}
+            for name, text in row.items():
+                expected = curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
+                assert name in ("arm", "rate, scale") or text == expected[name], (arm, name)
 
 
 def test_lines_carry_their_names(tmp_path):
