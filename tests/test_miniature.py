@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from dataset import LatentDataset, read_meta
+from evaluations import evaluator
 from memory.bank import MemoryBank
 from models.encoder import load_encoder
-from scripts import encode_dataset, make_assets, miniature
-from scripts.miniature import ARMS, DATA, METRIC
+from scripts import encode_dataset, make_assets, miniature, miniature_data, miniature_run
+from scripts.miniature_data import ARMS, DATA, DRAWS, ENCODER, METRIC
 
-HELD_OUT_DRAW = {"snippets-held-out": miniature.DRAWS["snippets-held-out"]}
+HELD_OUT_DRAW = {"snippets-held-out": DRAWS["snippets-held-out"]}
 TOY = ["--model", "SiT-S/8", "--batch-size", "8", "--steps", "2", "--num-images", "16"]
 
 
@@ -32,12 +33,17 @@ def places(root, tmp_path_factory):
     weights = timm.create_model(METRIC.partition("@")[0]).state_dict()
     save_file(weights, base / "logs" / "fashion" / "metric.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(miniature, "SAMPLER", ("--sampler", "euler", "--steps", "2"))
+        patch.setattr(miniature_run, "SAMPLER", ("--sampler", "euler", "--steps", "2"))
         yield base
 
 
 def run(places, *words):
     miniature.main(["fashion", *words, *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")])
+
+
+def prepared(places, *words):
+    words = ["fashion", *words, *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
+    return miniature.Miniature(miniature.parse(words))
 
 
 def log(places, name):
@@ -68,7 +74,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
         run(places, "nearest-10", "--seeds", "3")
     searched[0].write_text(json.dumps(logs[0]))
 
-    monkeypatch.setattr(miniature, "CURVE", (1,))
+    monkeypatch.setattr(miniature_run, "CURVE", (1,))
     monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=HELD_OUT_DRAW))
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
@@ -85,6 +91,9 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert found["variants"].keys() == {"snippets-held-out"}
     assert found["copies"].keys() == {"latent", METRIC}
     assert "--snippet-from nearest" in found["commands"]["train"]
+    assert re.search(
+        r"evaluations.evaluator \S*fashion-holdout \S*/nearest-10-3/2/samples.npz", found["commands"]["evaluate"]
+    )
     assert found["settings"]["k"] == 15  # 10% of 154 images
     rows = log(places, "controls")["rows"]
     assert "held_out" not in rows["held-out images"]
@@ -105,8 +114,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
 
 
 def test_what_another_process_is_at_is_left_to_it(places, capsys):
-    words = ["fashion", "none", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
-    other = miniature.Miniature(miniature.parse(words))
+    other = prepared(places, "none").data
     with other.claimed("none-6", wait=False) as mine:
         assert mine
         run(places, "none", "--lr", "1e-3", "--seeds", "6")
@@ -121,13 +129,13 @@ def test_a_setting_that_diverges_loses(places, monkeypatch):
         raise FloatingPointError("the loss of step 57 is not finite")
 
     given = ("class-mean", "--lr", "1e-3", "--scale", "6")
-    monkeypatch.setattr(miniature.train, "main", diverge)
+    monkeypatch.setattr(miniature_run.train, "main", diverge)
     with pytest.raises(FloatingPointError):
         run(places, *given, "--seeds", "5")
     run(places, "none", "--lr", "1e9", "--search")
     found = log(places, "search/none-lr1e+09-scale0")
     assert (found["diverged"], found["curve"]) == ("the loss of step 57 is not finite", [])
-    monkeypatch.setattr(miniature.train, "main", None)
+    monkeypatch.setattr(miniature_run.train, "main", None)
     run(places, "none", "--lr", "1e9", "--search")  # is not tried again
     with pytest.raises(ValueError, match=r"nothing in .*none-lr0\.001-scale0\.json, or half a run"):
         run(places, "none")
@@ -144,8 +152,7 @@ def test_arms_of_every_kind(places, arm):
 
 def test_alignment_trains_on_stored_patch_tokens(places, monkeypatch, capsys):
     """Added once, by one process, also after it was cut off, to a store whose other runs stay valid."""
-    words = ["fashion", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
-    other, called = miniature.Miniature(miniature.parse(words)), []
+    other, called = prepared(places).data, []
     before = read_meta(other.store)
 
     def watched(command, words):
@@ -156,11 +163,13 @@ def test_alignment_trains_on_stored_patch_tokens(places, monkeypatch, capsys):
     def cut(*arguments):
         raise KeyboardInterrupt
 
-    call, finish = miniature.call, encode_dataset.finish
+    call, finish = miniature_data.call, encode_dataset.finish
     given = ("--lr", "1e-3", "--scale", "6")
     run(places, "label", *given)
-    monkeypatch.setattr(miniature, "ALIGN", f"{miniature.ENCODER}@128")  # 4 × 4 patches, as many as SiT-S/8 has tokens
-    monkeypatch.setattr(miniature, "call", watched)
+    align = f"{ENCODER}@128"  # 4 × 4 patches, as many as SiT-S/8 has tokens
+    for module in (miniature_data, miniature_run):
+        monkeypatch.setattr(module, "ALIGN", align)
+        monkeypatch.setattr(module, "call", watched)
     monkeypatch.setattr(encode_dataset, "finish", cut)
     with pytest.raises(KeyboardInterrupt):
         run(places, "label-align", *given)
@@ -171,34 +180,60 @@ def test_alignment_trains_on_stored_patch_tokens(places, monkeypatch, capsys):
     writing = [("encode_dataset", True, False)] * 2  # cut off, then ended before the features of `random` are added
     writing += [("derive_features", False, False), ("build_bank", False, False)]
     assert [what for what in called if what[0] in ("encode_dataset", "derive_features", "build_bank")] == writing
-    assert all(free for name, _, free in called if name in ("train", "sample_ddp", "evaluator"))
+    assert all(free for name, _, free in called if name in ("train", "sample_ddp", "copies"))
     assert sum(name == "train" for name, *_ in called) == 2  # `label` was there
 
     train_line = log(places, "label-align-0")["commands"]["train"]
-    assert f"--resident --align-coeff 0.5 --align-encoder {miniature.ALIGN} " in train_line
+    assert f"--resident --align-coeff 0.5 --align-encoder {align} " in train_line
     after = read_meta(other.store)
-    assert after["patches"] == {miniature.ALIGN: [16, 1280]}
-    assert after["encoders"].keys() == before["encoders"].keys() | {miniature.ALIGN, "random"}
+    assert after["patches"] == {align: [16, 1280]}
+    assert after["encoders"].keys() == before["encoders"].keys() | {align, "random"}
     assert after["fingerprint"] == before["fingerprint"]
-    store = LatentDataset(other.store, patches=miniature.ALIGN, images=True)
+    store = LatentDataset(other.store, patches=align, images=True)
     rows = np.arange(0, len(store), 50)
     batch = store.fetch(rows, np.zeros_like(rows))
-    tokens = load_encoder(miniature.ALIGN)(batch["image"], return_patches=True)[1]
+    tokens = load_encoder(align)(batch["image"], return_patches=True)[1]
     torch.testing.assert_close(batch["patches"].float(), tokens, rtol=1e-3, atol=1e-3)
 
 
 def test_the_alignment_has_as_many_patches_as_the_network_tokens():
     size, patch = 32, 4  # of the stores, and of the network
     assert miniature.parse(["glyphs"]).model == f"SiT-S/{patch}"
-    assert load_encoder(miniature.ALIGN).num_patches == (size // patch) ** 2
+    assert load_encoder(miniature_data.ALIGN).num_patches == (size // patch) ** 2
+
+
+def test_scores_are_the_evaluators(places, monkeypatch, tmp_path):
+    """Bit for bit, of one set of samples after another, though the network and the references are read only once."""
+    made, loaded = prepared(places), []
+    load = evaluator.load_network
+    monkeypatch.setattr(evaluator, "load_network", lambda *given: loaded.append(given) or load(*given))
+    references = {"held_out": made.data.holdout, "training": made.data.store}
+    for seed in (0, 1):
+        images, folder = np.random.default_rng(seed).integers(0, 256, (16, 32, 32, 3), np.uint8), tmp_path / str(seed)
+        folder.mkdir()
+        np.savez(folder / "samples.npz", arr_0=images)
+        torch.backends.cudnn.allow_tf32 = False  # as encoding leaves it
+        torch.backends.cuda.matmul.allow_tf32 = True  # as training does
+        scores = made.scores(folder)
+        assert torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert len(loaded) == 1 + 2 * seed
+        words = made.scores.words(folder)
+        for name, path in references.items():
+            evaluator.main([str(path), *words[1:], "--no-cache", "--out", str(folder / "result.json")])
+            metrics = json.loads((folder / "result.json").read_text())["metrics"]
+            assert scores[name] == {
+                kind.lower(): metrics[f"{kind}-{METRIC}"] for kind in ("FD", "Precision", "Recall", "KD")
+            }
+        assert words[0] == str(references["held_out"])
 
 
 def test_pairs_of_label_and_snippet_come_from_one_image(places):
-    words = ["fashion", "label+nearest-10", *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")]
-    made = miniature.Miniature(miniature.parse(words))
-    bank = made.bank(ARMS["label+nearest-10"])
-    _, labels, _, rows = made.draw("label+nearest-10", bank, 0)
-    known = set(zip(LatentDataset(made.store).labels, MemoryBank.load(bank).assignment[:, 0].tolist(), strict=True))
+    made = prepared(places)
+    one = miniature_run.Run(made.args, made.scores, "label+nearest-10", 8, 1e-3, 6)
+    _, labels, _, rows = one.draw()
+    rows_of = MemoryBank.load(one.bank).assignment[:, 0].tolist()
+    known = set(zip(LatentDataset(made.data.store).labels, rows_of, strict=True))
     assert known >= set(zip(np.load(labels), np.load(rows), strict=True))
 
 
