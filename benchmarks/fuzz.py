@@ -10,6 +10,7 @@ planted in a file runs.
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -38,7 +39,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from dataset import LatentDataset
+from dataset import LatentDataset, read_meta
 from evaluations.images import open_images
 from evaluations.inception import read_weights
 from evaluations.reference import Reference, load_summary
@@ -53,7 +54,7 @@ from models.checkpoint import load_model
 from models.encoder import load_encoder
 from models.sit import SiT_models
 from sample_ddp import read_snippets
-from scripts import encode_dataset, export
+from scripts import cost, encode_dataset, export, report
 from scripts.images import UNREADABLE, square
 from scripts.sources import open_source
 from scripts.store import Progress
@@ -115,6 +116,7 @@ def write_seeds(folder: Path) -> None:
     np.save(folder / "snippets" / "vectors.npy", np.ones((4, 6), np.float32))
     (folder / "snippets" / "rows.txt").write_text("0 1\n2 3\n")
     shutil.copytree(ROOT / "assets" / "fashion-mnist-vae", folder / "vae")
+    write_results(folder / "report", read_meta(folder / "store"))
     write_networks(folder / "networks")
     write_unfinished(folder, images)
 
@@ -147,6 +149,32 @@ def write_unfinished(folder: Path, images: np.ndarray) -> None:
     (folder / "kept").mkdir()
     moments = {"mu": np.zeros(8), "sigma": np.eye(8)}
     np.savez(folder / "kept" / "features.npz", key=np.array("key"), features=np.ones((6, 8), np.float32), **moments)
+
+
+def write_results(folder: Path, meta: dict) -> None:
+    """A result of the evaluator as if of ImageNet, and its sources: a store with this meta.json, a bank, a run."""
+    config = {"model": "SiT-Ti/2", "input_size": 16, "in_channels": 3, "condition": "label+snippet", "num_classes": 9}
+    args = {"batch_size": 4, "precision": "fp32", "align_coeff": 0.0}
+    trained = {"format": None, "model_config": config, "args": args, "store": {"fingerprint": "f"}}
+    made = {"trained": trained, "checkpoint": "run/checkpoints/0000004.pt", "bank_shape": [5, 6]}
+    guidance = {"by": "null", "scale": 1.5, "interval": [0.0, 1.0], "channels": 3}
+    settings = {"training_steps": 7_000_000, "evaluations": 250, "sampler": "sde", "guidance": guidance}
+    settings |= {"condition": "label", "encoder": ENCODER, "bank": {"bank.pth": "b"}}
+    made = {"settings": settings, "run": made | {"images_per_second": 2.5, "device": "CPU"}}
+    result = {"metrics": {"FID": 2.06, "Recall": 0.5}, "num_samples": 50_000, "protocol": "50,000 images, sde 250"}
+    result |= {"samples": [{"path": "samples/samples.npz", "made": made}], "same_family_as_snippets": False}
+    result |= {"reference": {"path": "VIRTUAL_imagenet256_labeled.npz", "sha256": "0" * 64}, "run": {"code": "c" * 40}}
+    write_json(folder / "result.json", result | {"network": {"name": "inception", "sha256": "6726825d0af5"}})
+    bank = {"sha256": {"bank.pth": "b"}, "rule": "k-means", "k": 5, "dim": 6, "iterations": 2}
+    write_json(folder / "bank" / "bank.json", bank | {"run": {"seconds": 1.5, "processes": 1}})
+    encoders = {ENCODER: {"dim": 6, "model": ENCODER, "input_size": 160}}
+    codec = meta["codec"] | {"name": "vae"}
+    write_json(folder / "data" / "meta.json", meta | {"fingerprint": "f", "encoders": encoders, "codec": codec})
+    shutil.copytree(ROOT / "assets" / "fashion-mnist-vae", folder / "vae")
+    runs = [{"from_step": 0, "processes": 1}, {"from_step": 2, "processes": 2}]
+    write_json(folder / "run" / "config.json", {"args": args, "runs": runs})
+    log = [{"step": step, "loss": 1.0, "images_per_second": 1.5} for step in (2, 4)]
+    (folder / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
 def write_checkpoint(path: Path, bank: Path) -> None:
@@ -233,6 +261,12 @@ def read_run(path: Path) -> None:
     train.Trainer.note(run, {})
 
 
+def read_report(path: Path) -> None:
+    cost.codec_multiply_adds.cache_clear()  # it would remember what a codec of this name was before
+    with contextlib.chdir(path), contextlib.redirect_stdout(io.StringIO()):
+        report.main(["result.json", "bank", "data", "run"])
+
+
 def read_samples(path: Path) -> None:
     samples = Samples(path, None)
     samples.protocol()
@@ -286,6 +320,12 @@ TARGETS = {
     "output-marks": Target("output", ".done", lambda path: Output(path, 6, "npz", SETTINGS).prepare()),
     "config.json": Target("run", "config.json", read_run),
     "log.jsonl": Target("run", "log.jsonl", read_run),
+    "report.result": Target("report", "result.json", read_report),
+    "report.bank": Target("report", "bank/bank.json", read_report),
+    "report.store": Target("report", "data/meta.json", read_report),
+    "report.codec": Target("report", "vae/config.json", read_report),
+    "report.config": Target("report", "run/config.json", read_report),
+    "report.log": Target("report", "run/log.jsonl", read_report),
     "progress": Target("progress", "rows-0.json", lambda path: Progress.merged(path, 6)),
     "kept": Target("kept", "features.npz", lambda path: load_summary(path, "key", torch.device("cpu")), "features.npz"),
 }

@@ -122,19 +122,39 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike, **kinds: type) -> dict:
-    """The object in a JSON file; ValueError, naming the file, if it holds none, or lacks a value of one of the `kinds`
-    under its key."""
+def read_json(path: str | os.PathLike, **forms: object) -> dict:
+    """The object in a JSON file; ValueError, naming the file, if it holds none, or if a value has not the form that
+    `check_form` would have under its key."""
     try:
         value = json.loads(Path(path).read_text())
     except ValueError as error:  # of the decoding of text or JSON
         raise ValueError(f"{path} is no JSON file (cut short?): {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    for key, kind in kinds.items():
-        if type(value.get(key)) is not kind:
-            raise ValueError(f"{path}: {key} is {value.get(key)!r:.80}, expected {kind.__name__}; restore or remove it")
+    for key, form in forms.items():
+        check_form(value.get(key), form, f"{path}: {key}")
     return value
+
+
+def check_form(value: object, form: object, place: str) -> None:
+    """Raise ValueError, naming the place, unless a value of JSON has a form.
+
+    A form is a type, where float takes whole numbers too; (FORM, None) for what may be null or absent; [FORM] for a
+    list of such; a dictionary of forms by key, or {str: FORM} for any keys.
+    """
+    if isinstance(form, tuple):
+        if value is None:
+            return
+        form = form[0]
+    kind = form if isinstance(form, type) else type(form)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{place} is {value!r:.80}, expected {kind.__name__}; restore or remove it")
+    if isinstance(form, list):
+        for index, item in enumerate(value):
+            check_form(item, form[0], f"{place}[{index}]")
+    elif isinstance(form, dict):
+        for key in value if str in form else form:
+            check_form(value.get(key), form.get(key) or form[str], f"{place}.{key}")
 
 
 def check_folder(flag: str, path: str | os.PathLike) -> None:

@@ -82,6 +82,15 @@ class PixelCodec:
         """Nothing is computed that could be compiled."""
 
 
+def read_config(folder: Path) -> dict:
+    """The configuration of a VAE; ValueError for a number of layers that would be built for hours."""
+    config = read_json(folder / CONFIG)
+    layers = config.get("layers_per_block", 1)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"{folder / CONFIG}: layers_per_block is {layers!r}, expected 1 to {MOST_LAYERS}")
+    return config
+
+
 class VAECodec:
     """A KL-regularised autoencoder in diffusers' folder format; its moments are the posterior's mean and std."""
 
@@ -97,9 +106,7 @@ class VAECodec:
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.memory_format = torch.contiguous_format
         self.sha256 = sha256(folder / WEIGHTS)
-        layers = read_json(folder / CONFIG).get("layers_per_block", 1)
-        if type(layers) is not int or not 0 < layers <= MOST_LAYERS:  # a damaged number would be built for hours
-            raise ValueError(f"{folder / CONFIG}: layers_per_block is {layers!r}, expected 1 to {MOST_LAYERS}")
+        read_config(folder)
         with reading(f"codec {name!r} in {folder}"):
             options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
             self.vae, found = AutoencoderKL.from_pretrained(folder, **options)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memory.files import read_json
+from memory.files import check_form, read_json, reading
+from models.autoencoder import read_config
 from models.checkpoint import build_model
 
 FORWARDS_OF_A_STEP = 3  # the forward, and twice as much to differentiate it
@@ -45,11 +46,20 @@ def training_flop(model: nn.Module, images: int) -> int:
 
 def encoding_flop(meta: dict, encoder: str) -> int | None:
     """Of a store's images in all views, given its meta.json, through codec and encoder; None for an unknown codec."""
-    codec, network = codec_multiply_adds(meta["codec"]["name"], meta["image_size"]), meta["encoders"][encoder]
+    codec, network = codec_multiply_adds(meta["codec"]["name"], meta["image_size"]), encoder_of(meta, encoder)
     if codec is None:
         return None
     of_image = codec + encoder_multiply_adds(network["model"], network["input_size"])
     return 2 * meta["num_images"] * meta["num_views"] * of_image
+
+
+def encoder_of(meta: dict, name: str) -> dict:
+    """The model and input size behind a store's features, from which others may have been derived."""
+    found = meta["encoders"][name]
+    while isinstance(found, dict) and "derived_from" in found:
+        found = found["derived_from"]
+    check_form(found, {"model": str, "input_size": int}, f"encoder {name}")
+    return found
 
 
 @functools.cache
@@ -70,8 +80,8 @@ def codec_multiply_adds(name: str, size: int) -> int | None:
         file = Path(name) / "config.json"
         if not file.is_file():
             return None
-        config = read_json(file)
-    with torch.device("meta"), torch.no_grad():
+        config = read_config(file.parent)
+    with reading(f"codec {name}"), torch.device("meta"), torch.no_grad():
         vae = AutoencoderKL.from_config(config)
         with FlopCounterMode(display=False) as counter:
             vae.encode(torch.zeros(1, vae.config.in_channels, size, size))
@@ -81,8 +91,10 @@ def codec_multiply_adds(name: str, size: int) -> int | None:
 @functools.cache
 def encoder_multiply_adds(name: str, side: int) -> int:
     """Of one image of this side, given the encoder's name in timm."""
-    options = {"img_size": side} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    with torch.device("meta"), torch.no_grad():
+    if not timm.is_model(name):
+        raise ValueError(f"encoder {name!r} is no model of timm {timm.__version__}: there is nothing to count")
+    with reading(f"encoder {name}"), torch.device("meta"), torch.no_grad():
+        options = {"img_size": side} if timm.get_pretrained_cfg(name).fixed_input_size else {}
         model = timm.create_model(name, num_classes=0, **options).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, side, side))
@@ -97,26 +109,26 @@ def bank_flop(bank: dict, images: int) -> int:
 
 def encoding_hours(meta: dict) -> float | None:
     """GPU-hours of all commands that wrote to a store; None where they noted nothing."""
-    return sum(run["process_seconds"] for run in meta["runs"]) / 3600 if "runs" in meta else None
+    return sum(run["process_seconds"] for run in meta["runs"]) / 3600 if meta.get("runs") else None
 
 
 def bank_hours(bank: dict) -> float | None:
     """GPU-hours of the command that built a bank; None where it noted nothing."""
-    return bank["run"]["seconds"] * bank["run"]["processes"] / 3600 if "run" in bank else None
+    return bank["run"]["seconds"] * bank["run"]["processes"] / 3600 if bank.get("run") else None
 
 
 def training_hours(run: Path) -> float | None:
     """GPU-hours of a run's steps by the rates in its log, pauses for saving and sampling and lost steps not counted;
     None where the run did not note on how many processes."""
-    config = read_json(run / "config.json")
-    if "runs" not in config:
+    forms = {"runs": ([{"from_step": int, "processes": int}], None), "args": {"batch_size": int}}
+    config, seconds, before = read_json(run / "config.json", **forms), 0.0, 0
+    if not config.get("runs"):
         return None
-    seconds, before = 0.0, 0
-    for text in (run / "log.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if "images_per_second" in line:
-            processes = [part["processes"] for part in config["runs"] if part["from_step"] < line["step"]][-1]
-            images = (line["step"] - before) * config["args"]["batch_size"]
-            seconds += processes * images / line["images_per_second"]
-            before = line["step"]
+    with reading(run / "log.jsonl"):
+        for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+            if "images_per_second" in line:
+                processes = [part["processes"] for part in config["runs"] if part["from_step"] < line["step"]][-1]
+                images = (line["step"] - before) * config["args"]["batch_size"]
+                seconds += processes * images / line["images_per_second"]
+                before = line["step"]
     return seconds / 3600

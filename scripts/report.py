@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset import read_meta
 from evaluations.card import table
 from evaluations.evaluator import ENOUGH
 from evaluations.inception import WEIGHTS
 from evaluations.samples import family
 from memory.command import Help, execute
-from memory.files import atomic, read_json
+from memory.files import atomic, read_json, reading
 from models.published import GMEM, REPA, SIT
 from samplers import sde_samplers
 from scripts import cost
@@ -38,6 +39,27 @@ METHODS = {GMEM: "GMem", REPA: "REPA", SIT: "SiT"}
 SCORE = f"python -m evaluations.evaluator {REFERENCE} SAMPLES"
 # What networks were trained on, by the tag of timm's weights.
 TRAINED_ON = {"lvd142m": "LVD-142M, no labels", "in1k": "ImageNet-1k, labels", "lvd1689m": "LVD-1689M, no labels"}
+
+# What is read of a result, a bank and a store; see `check_form`.
+SETTINGS = dict.fromkeys(("sampler", "condition", "encoder"), (str, None)) | {"guidance": (dict, None)}
+SETTINGS |= dict.fromkeys(("evaluations", "training_steps"), (int, None)) | {"bank": ({str: str}, None)}
+ARGS = {"align_coeff": (float, None), "batch_size": (int, None), "precision": (str, None)}
+TRAINED = {"format": (str, None), "args": ARGS, "model_config": dict, "store": ({"fingerprint": str}, None)}
+MADE = {"images_per_second": float, "device": str, "checkpoint": (str, None), "bank_shape": ([int], None)}
+MADE["trained"] = (TRAINED, None)
+RESULT = {
+    "metrics": {str: float},
+    "num_samples": int,
+    "protocol": str,
+    "same_family_as_snippets": bool,
+    "reference": {"path": str, "sha256": str},
+    "network": {"name": str, "sha256": (str, None)},
+    "run": {"code": str},
+    "samples": [{"path": str, "made": {"settings": (SETTINGS, None), "run": (MADE, None)}}],
+}
+BANK = {"sha256": {"bank.pth": str}, "rule": str, "k": int, "dim": int, "iterations": int}
+BANK |= {"run": ({"seconds": float, "processes": int}, None)}
+STORE = {"codec": {"name": str}, "encoders": {str: dict}, "runs": ([{"process_seconds": float}], None)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,11 +86,11 @@ class Result:
     """One result of the evaluator, with what the samples' maker said."""
 
     def __init__(self, path: Path):
-        self.path, self.json = path, read_json(path)
-        if not self.json.keys() >= {"metrics", "reference", "samples", "run"}:
+        if not read_json(path).get("samples"):
             raise ValueError(f"{path} is no result of evaluations.evaluator; give such JSON files, or folders")
-        self.made = self.json["samples"][0]["made"]
-        self.settings, self.run = self.made.get("settings", {}), self.made.get("run") or {}
+        self.path, self.json = path, read_json(path, **RESULT)
+        made = self.json["samples"][0]["made"]
+        self.settings, self.run = made.get("settings") or {}, made.get("run") or {}
         self.trained = self.run.get("trained") or {}
         file = Path(self.json["samples"][0]["path"])
         self.title = file.parent.name if file.name == "samples.npz" else file.stem  # as sample_ddp.py names it
@@ -79,7 +101,7 @@ class Result:
         form, condition = self.trained.get("format"), self.settings.get("condition")
         if form or condition is None:
             return METHODS.get(form)
-        aligned = self.trained["args"].get("align_coeff", 0) > 0
+        aligned = (self.trained.get("args", {}).get("align_coeff") or 0) > 0
         return {"snippet": "GMem", "label": "REPA" if aligned else "SiT"}.get(condition)
 
     @property
@@ -95,7 +117,7 @@ class Result:
     def protocol(self) -> tuple[int, str, str]:
         """What must be equal for two results to compare: number of images, reference, network."""
         network = self.json["network"]
-        return self.json["num_samples"], self.json["reference"]["sha256"], f"{network['name']} {network['sha256']}"
+        return self.json["num_samples"], self.json["reference"]["sha256"], f"{network['name']} {network.get('sha256')}"
 
     @property
     def as_papers(self) -> bool:
@@ -103,7 +125,7 @@ class Result:
         return (
             self.json["num_samples"] == IMAGES
             and Path(self.json["reference"]["path"]).name == REFERENCE
-            and self.json["network"]["sha256"].startswith(Path(WEIGHTS).stem.rpartition("-")[2])
+            and (self.json["network"].get("sha256") or "").startswith(Path(WEIGHTS).stem.rpartition("-")[2])
             and not self.json["same_family_as_snippets"]
         )
 
@@ -114,7 +136,7 @@ class Result:
             (self.method, quoted.method),
             ((self.trained.get("model_config") or {}).get("model"), quoted.model),
             (self.sampler, quoted.sampler),
-            (guidance and {name: guidance[name] for name in quoted.guidance or guidance}, quoted.guidance),
+            (guidance and {name: guidance.get(name) for name in quoted.guidance or guidance}, quoted.guidance),
         ]
         if quoted.evaluations is not None:
             facts.append((self.settings.get("evaluations"), quoted.evaluations))
@@ -144,10 +166,10 @@ class Sources:
             if path.is_file():
                 self.results.append(Result(path))
             elif (path / "bank.json").is_file():
-                bank = read_json(path / "bank.json")
+                bank = read_json(path / "bank.json", **BANK)
                 self.banks[bank["sha256"]["bank.pth"]] = bank
             elif (path / "meta.json").is_file():
-                meta = read_json(path / "meta.json")
+                meta = read_meta(path) | read_json(path / "meta.json", **STORE)
                 self.stores[meta["fingerprint"]] = meta
             elif (path / "config.json").is_file():
                 self.runs.append(path.resolve())
@@ -164,7 +186,7 @@ class Sources:
 
     def training(self, result: Result) -> Path | None:
         """The folder of the run that the sampled checkpoint lies in."""
-        checkpoint = Path(result.run.get("checkpoint", "")).resolve()
+        checkpoint = Path(result.run.get("checkpoint") or "").resolve()
         return next((run for run in self.runs if run in checkpoint.parents), None)
 
 
@@ -242,8 +264,9 @@ def costs(sources: Sources) -> list[str]:
         if not result.trained:
             continue
         bank, meta, run = sources.bank(result), sources.store(result), sources.training(result)
-        model, args = cost.network(result.trained["model_config"]), result.trained["args"]
-        floats, bits = memory_of(result)
+        args = result.trained["args"]
+        with reading(f"{result.path}, its network"):
+            model, (floats, bits) = cost.network(result.trained["model_config"]), memory_of(result)
         row = {
             "samples": result.title,
             "network floats": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
@@ -257,7 +280,7 @@ def costs(sources: Sources) -> list[str]:
         steps, encoder = result.settings.get("training_steps"), result.settings.get("encoder")
         flop = {"encoding": None, "bank": None, "training": None}
         hours = dict(flop)
-        if meta and encoder:
+        if meta and encoder in meta["encoders"]:
             flop["encoding"], hours["encoding"] = cost.encoding_flop(meta, encoder), cost.encoding_hours(meta)
         if bank and meta:
             flop["bank"], hours["bank"] = cost.bank_flop(bank, meta["num_images"]), cost.bank_hours(bank)
@@ -293,7 +316,7 @@ def encoder_of(result: Result, meta: dict | None) -> str:
     name = result.settings.get("encoder")
     if not name:
         return ""
-    model = meta["encoders"][name]["model"] if meta else name
+    model = cost.encoder_of(meta, name)["model"] if meta and name in meta["encoders"] else name
     tag = model.partition(".")[2].partition("_")[0] or {"dinov2": "lvd142m", "efficientnet": "in1k"}.get(family(name))
     return f"{name} ({TRAINED_ON.get(tag, tag or 'training data not known')})"
 

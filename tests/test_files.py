@@ -125,6 +125,36 @@ def test_a_json_file_that_lacks_what_is_read_is_named(tmp_path):
             read_json(tmp_path / "samples.json", **kinds)
 
 
+FORM = {"count": int, "rate": float, "made": ({"name": str, "parts": [{"step": int}]}, None), "hashes": {str: str}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"made": None, "rate": 0.5, "hashes": {}, "unknown": 1}, None),
+        ({"count": True}, r"x\.json: count is True, expected int"),
+        ({"count": 1.0}, r"x\.json: count is 1\.0, expected int"),
+        ({"rate": "1"}, r"x\.json: rate is '1', expected float"),
+        ({"made": []}, r"x\.json: made is \[\], expected dict"),
+        ({"made": {"parts": []}}, r"x\.json: made\.name is None, expected str"),
+        (
+            {"made": {"name": "n", "parts": [{"step": 1}, {"step": "2"}]}},
+            r"made\.parts\[1\]\.step is '2', expected int",
+        ),
+        ({"hashes": {"a": "f", "b": 7}}, r"x\.json: hashes\.b is 7, expected str"),
+    ],
+)
+def test_the_part_of_a_json_file_that_is_of_another_form_is_named(tmp_path, change, message):
+    value = {"count": 1, "rate": 2, "made": {"name": "n", "parts": [{"step": 1}]}, "hashes": {"a": "f"}}
+    write_json(tmp_path / "x.json", value | change)
+    if message is None:
+        assert read_json(tmp_path / "x.json", **FORM) == value | change
+        return
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "x.json", **FORM)
+
+
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     for path in (tmp_path / "run", tmp_path / "run" / "deeper"):

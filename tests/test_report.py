@@ -17,6 +17,7 @@ import sample_ddp
 import train
 from evaluations import evaluator
 from memory import build_bank
+from memory.command import named
 from memory.files import sha256
 from models.published import GMEM, REPA, SIT
 from models.sit import SiT_models
@@ -293,6 +294,7 @@ def test_each_result_stands_on_its_line(doctored, capsys):
         {"guidance": {"by": "null", "scale": 1.5, "interval": [0, 1], "channels": None}},
         {"path": "anywhere/validation.npz"},
         {"network": {"name": "inception", "sha256": "other"}},
+        {"network": {"name": "an encoder from the hub", "sha256": None}},
     ],
 )
 def test_what_was_made_otherwise_stands_in_a_table_of_its_own(doctored, capsys, change):
@@ -326,6 +328,48 @@ def test_what_is_no_source_is_named(made, tmp_path):
         report.main([str(made.bank / "bank.json")])
     with pytest.raises(ValueError, match="expected a JSON file, or the folder of a bank, a store or a training run"):
         report.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("result.json", '"sampler": "sde"', '"sampler": 7', r"made\.settings\.sampler is 7, expected str"),
+        ("result.json", '"SiT-Ti/2"', '"SiT-Ti"', r"result\.json, its network: model 'SiT-Ti': expected one of"),
+        ("bank/bank.json", '"k": 8', '"k": "8"', r"bank\.json: k is '8', expected int"),
+        ("data/meta.json", '"process_seconds"', '"seconds"', r"meta\.json: runs\[0\]\.process_seconds is None"),
+        ("data/meta.json", '"model": "test_vit"', '"model": "vi"', "encoder 'vi' is no model of timm"),
+        ("run/config.json", '"from_step"', '"from"', r"config\.json: runs\[0\]\.from_step is None, expected int"),
+        ("run/log.jsonl", '"images_per_second": ', '"images_per_second": 0, "x": ', r"log\.jsonl: division by zero"),
+    ],
+)
+def test_a_damaged_source_is_named(made, tmp_path, file, old, new, message):
+    for name in ("result.json", "bank/bank.json", "data/meta.json", "run/config.json", "run/log.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((made.folder / name).read_text().replace(f"{made.run}/", f"{tmp_path}/run/"))
+    sources = [str(tmp_path / name) for name in ("result.json", "bank", "data", "run")]
+    report.main(sources)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        report.main(sources)
+    assert named(error.value), "a command would print a traceback"
+
+
+def test_features_that_were_derived_cost_what_they_were_derived_from(made, tmp_path, capsys):
+    """And of features that the store no longer has nothing is known."""
+    (tmp_path / "store").mkdir()
+    meta, result = read(made.store / "meta.json"), read(made.result)
+    flop = cost.encoding_flop(meta, ENCODER)
+    meta["encoders"]["group"] = {"name": "group", "dim": 64, "derived_from": meta["encoders"][ENCODER]}
+    assert cost.encoding_flop(meta, "group") == flop > 0
+    (tmp_path / "store" / "meta.json").write_text(json.dumps(meta))
+    for encoder, cells in (("group", (f"{flop:.2e}", "group (training")), ("gone", ("", "gone (training"))):
+        result["samples"][0]["made"]["settings"]["encoder"] = encoder
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        (row,) = lines(pages(capsys, tmp_path / "result.json", tmp_path / "store"), "Cost")
+        assert row["encoding FLOP"] == cells[0]
+        assert row["encoder"].startswith(cells[1])
 
 
 # The curve
