@@ -12,11 +12,11 @@
 # Expected  data/imagenet256 with 1% fewer images than the source, the others in data/imagenet256-holdout
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"
-: "${IMAGENET:?is not set: name the training images, as in IMAGENET=/data/imagenet/train bash $0}"
+[ -n "${IMAGENET:-}" ] || wrong "IMAGENET is not set: name the images, as in IMAGENET=/data/imagenet/train bash $0"
 case ${KEEP_IMAGES:-yes} in
     yes) keep=--keep-images ;;
     no) keep= ;;
-    *) echo "KEEP_IMAGES=$KEEP_IMAGES: expected yes or no" >&2 && exit 2 ;;
+    *) wrong "KEEP_IMAGES=$KEEP_IMAGES: expected yes or no" ;;
 esac
 batch=$((64 * 256 ** 2 / size ** 2 / views))
 launch -m scripts.encode_dataset "$IMAGENET" --out "$store" --codec "$codec" --image-size "$size" --views "$views" \

@@ -35,10 +35,7 @@ ours() { # ours STEP: whether this job of an array, or the only one, takes the c
 quick() { # quick RUN [OPTIONS]
     run=$1 reference=${REF:-}
     name=${SAMPLER:-euler}-${STEPS:-50}-n${IMAGES:-10000}
-    if [ ! -f "$run/config.json" ]; then
-        echo "$run is no run of train.py: it has no config.json" >&2
-        exit 2
-    fi
+    [ -f "$run/config.json" ] || wrong "$run is no run of train.py: it has no config.json"
     if [ -z "$reference" ]; then
         reference=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["args"]["store"])' "$run/config.json")
     fi

@@ -18,14 +18,17 @@ nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)'
     exit 1
 }
 
-count() { # count NAME VALUE: leave unless the variable NAME is a whole number from 1 on
-    [[ $2 =~ ^[1-9][0-9]{0,11}$ ]] && return 0
-    echo "$1=$2: expected a whole number of at least 1" >&2
+wrong() { # wrong LINES…: leave with the status of a command that is used wrongly, and say what to do
+    printf '%s\n' "$@" >&2
     exit 2
+}
+
+count() { # count NAME VALUE: leave unless the variable NAME is a whole number from 1 on
+    [[ $2 =~ ^[1-9][0-9]{0,11}$ ]] || wrong "$1=$2: expected a whole number of at least 1"
 }
 count NPROC "$nproc"
 count NODES "$nodes"
-[ "$nodes" = 1 ] || : "${HEAD:?is not set: with NODES=$nodes it names the first machine}"
+[ "$nodes" = 1 ] || [ -n "${HEAD:-}" ] || wrong "HEAD is not set: with NODES=$nodes it names the first machine"
 
 launcher='' stopped=''
 stop() {
@@ -71,17 +74,12 @@ micro_batch() { # micro_batch BATCH MOST: images of a forward pass, the largest 
 need() { # need FILE NAMES ORIGIN: leave with what to do unless the checkpoint FILE is there; NAMES are fetch.sh's
     case $1 in hf:*) return 0 ;; esac # a name on the hub
     [ ! -e "$1" ] || return 0
-    if [ -n "${CHECKPOINT:-}" ]; then
-        echo "CHECKPOINT=$1 is not there: expected a file, a run's folder, or hf:ORGANISATION/REPOSITORY/FILE@REVISION" >&2
-        exit 2
-    fi
-    cat >&2 <<EOF
-$1 is not there ($3).
-On a machine with internet, this gets it and the VAE that decodes its latents into the folder $weights:
-    bash scripts/fetch.sh $2
-GMEM_WEIGHTS names another folder, CHECKPOINT another checkpoint, such as your own run: CHECKPOINT=runs/NAME
-EOF
-    exit 2
+    [ -z "${CHECKPOINT:-}" ] ||
+        wrong "CHECKPOINT=$1 is not there: expected a file, a run's folder, or hf:ORGANISATION/REPOSITORY/FILE@REVISION"
+    wrong "$1 is not there ($3)." \
+        "On a machine with internet, this gets it and the VAE that decodes its latents into the folder $weights:" \
+        "    bash scripts/fetch.sh $2" \
+        "GMEM_WEIGHTS names another folder, CHECKPOINT another checkpoint, such as your own run: CHECKPOINT=runs/NAME"
 }
 
 samples_of() { # samples_of NAME: the folder for images of the published weights NAME, or of CHECKPOINT

@@ -62,9 +62,8 @@ launch -m scripts.encode_dataset "$photos" --out "$store" --add "$audit" --batch
 rows() { [ ! -f "$1/files.txt" ] || wc -l <"$1/files.txt"; }
 images=$(($(rows "$store") + 0)) held=$(($(rows "$store-holdout") + 0))
 if [ $images -lt 10 ] || [ $held -lt 4 ]; then
-    echo "$photos: $images images, and $held held out for the page of metrics; expected at least 10 and 4." >&2
-    echo "Add images, or hold out a larger share, HOLDOUT=0.1, with another OUT" >&2
-    exit 2
+    wrong "$photos: $images images, and $held held out for the page of metrics; expected at least 10 and 4." \
+        "Add images, or hold out a larger share, HOLDOUT=0.1, with another OUT"
 fi
 launch -m memory.build_bank --store "$store" --encoder "$encoder" --out "$bank" --k "${K:-$((images / 10))}"
 launch "${train[@]}"

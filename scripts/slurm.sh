@@ -18,8 +18,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?is not set: start this by sbatch}"
-: "${1:?which recipe? sbatch scripts/slurm.sh scripts/train-gmem-xl.sh}"
+if [ $# -lt 1 ] || [ -z "${SLURM_SUBMIT_DIR:-}" ]; then
+    echo "expected sbatch and a recipe: sbatch scripts/slurm.sh scripts/train-gmem-xl.sh" >&2
+    exit 2
+fi
+cd "$SLURM_SUBMIT_DIR"
 NODES=$SLURM_JOB_NUM_NODES
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 HEAD=${HEAD%%$'\n'*} # the first line; a pipe to head could break under scontrol and end this script

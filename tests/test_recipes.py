@@ -282,7 +282,11 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
         assert "fetch.sh" not in said
     said = bash(root, environment, "evaluate.sh", tmp_path, "--quick", status=2, REF="ref.npz")
     assert said == f"{tmp_path} is no run of train.py: it has no config.json\n"
-    assert "IMAGENET: is not set: name the training images" in bash(root, environment, "encode-imagenet.sh", status=1)
+    assert "IMAGENET is not set: name the images" in bash(root, environment, "encode-imagenet.sh", status=2)
+    assert "HEAD is not set: with NODES=2 it" in bash(root, environment, "train-sit-xl.sh", status=2, NODES=2)
+    for recipe in ((), ("scripts/train-sit-xl.sh",)):  # none named; not by sbatch
+        said = bash(root, environment, "slurm.sh", *recipe, status=2)
+        assert said == "expected sbatch and a recipe: sbatch scripts/slurm.sh scripts/train-gmem-xl.sh\n"
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
 
 
