@@ -109,6 +109,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
     again = log(places, "nearest-10-3")
     assert again["curve"][0]["seconds"] > 0  # with its weights lost, the whole run is made again
     assert [point["held_out"] for point in again["curve"]] == [point["held_out"] for point in found["curve"]]
+    assert again["variants"] == {}  # not asked for this time
     run(places, "nearest-10", "--seeds", "4", "--seconds", "0")
     assert "nearest-10-4: not begun" in capsys.readouterr().out
 
