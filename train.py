@@ -39,9 +39,10 @@ from dataset import StepSampler, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.claim import claimed
 from memory.command import Help, execute
-from memory.files import atomic, check_folder, free_space, read_json, reading, remove_stale, write_json
+from memory.files import atomic, check_folder, free_space, reading, remove_stale
 from memory.pairs import Pairs
 from memory.provenance import provenance
+from memory.run_folder import RunFolder
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
@@ -52,13 +53,6 @@ from samplers import euler_sampler, noise
 from scripts.needs import describe, missing
 from scripts.stop import StopSignal, leave_signals_alone
 
-# What may differ when a run continues. Store and bank are compared by what is in them, not by where they lie.
-FREE = {
-    "steps", "log_every", "save_every", "snapshot_every", "eval_every", "sample_every", "keep", "workers", "wandb",
-    "micro_batch", "compile", "dry_run", "out", "store", "holdout", "bank", "codec", "stage", "path",
-    "resident", "checkpoint_activations",
-}  # fmt: skip
-ADDED_LATER = {"warmup": 0}  # flags that older runs do not name, with what these did
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 8
@@ -182,8 +176,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, accelerator: accelerate.Accelerator, data: Pairs):
         self.args, self.accelerator, self.data, self.device = args, accelerator, data, accelerator.device
-        self.facts = data.identity()
-        self.out = Path(args.out)
+        self.facts, self.out = data.identity(), Path(args.out)
+        self.folder = RunFolder(self.out, vars(args), self.facts)
         self.step = 0
         # Sums since the last line of the log: loss, velocity, align, gradient norm, steps.
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -202,7 +196,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.network = build(args, data).to(self.device)
         self._check_alignment()
-        if args.init and not self.checkpoints:
+        if args.init and not self.folder.checkpoints:
             skipped = init_weights(self.network, args.init)
             accelerator.print(
                 f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
@@ -239,12 +233,6 @@ class Trainer:
         start = self.accelerator.process_index * self.local_batch
         return slice(start, start + self.local_batch)
 
-    @property
-    def checkpoints(self) -> list[Path]:
-        """Full states in order of their steps."""
-        found = (path for path in (self.out / "checkpoints").glob("*.pt") if path.stem.isdigit())
-        return sorted(found, key=lambda path: int(path.stem))
-
     def check(self) -> None:
         """What can be checked before the long work, with nothing written yet.
 
@@ -253,7 +241,7 @@ class Trainer:
                 grids is not to be had, or is another than the store's; or too little disk is free.
         """
         check_folder("--out", self.out)
-        self._check_same_run()
+        self.folder.check_same()
         if self.args.sample_every and self.accelerator.is_main_process:
             name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
             self.grid_codec = load_codec(name, self.device, channels=channels)
@@ -261,52 +249,19 @@ class Trainer:
             check_codec(meta, self.data.codec, f"the store {self.args.store}")
         count = sum(parameter.numel() for parameter in self.network.parameters())
         kept = min(self.args.keep + 1, -(-self.args.steps // self.args.save_every))  # one is written beside the others
-        needed = 16 * count * max(1, kept - len(self.checkpoints))  # weights, EMA, two moments in float32
+        needed = 16 * count * max(1, kept - len(self.folder.checkpoints))  # weights, EMA, two moments in float32
         if (free := free_space(self.out)) < needed:
             sizes = f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} GB are free"
             raise ValueError(f"--out {self.out}: {sizes}; make room or lower --keep")
-
-    def _check_same_run(self) -> None:
-        """Compare this command with what the folder's last checkpoint, or a run still without one, was made by."""
-        settings = {"args": vars(self.args), "store": self.facts["store"], "bank": self.facts["bank"] or {}}
-        config, log = self.out / "config.json", self.out / "log.jsonl"
-        if self.checkpoints:
-            there = read_checkpoint(self.checkpoints[-1])
-        elif config.exists() and log.exists():
-            there = read_json(config)
-        else:
-            return
-        with reading(self.out):
-            there["args"] = ADDED_LATER | there["args"]
-            lines = [
-                f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
-                for part in settings
-                for key, value in settings[part].items()
-                if key not in FREE and (there[part] or {}).get(key) != value
-            ]
-        if lines:
-            raise ValueError(
-                f"--out {self.out} holds a run with other settings; choose another folder\n  " + "\n  ".join(lines)
-            )
 
     def resume(self) -> None:
         """Continue from the latest checkpoint, or start."""
         if self.accelerator.is_main_process:
             remove_stale(self.out / "checkpoints", self.out / "samples")
         # The main process has claimed the folder; to the others, a checkpoint of just now may not show yet.
-        [latest] = broadcast_object_list(self.checkpoints[-1:] or [None])
+        [latest] = broadcast_object_list(self.folder.checkpoints[-1:] or [None])
         if latest:
             self.load(latest)
-
-    def note(self, made: dict) -> None:
-        """Write the settings, and where each part of the run was made, this one from the present step."""
-        if self.accelerator.is_main_process:
-            config = self.out / "config.json"
-            parts = read_json(config).get("runs", []) if config.exists() else []
-            with reading(config):
-                parts = [part for part in parts if part["from_step"] < self.step]  # later ones are about to be repeated
-            facts = {"args": vars(self.args), **self.facts}
-            write_json(config, {**facts, "runs": [*parts, {"from_step": self.step, **made}]})
 
     def load(self, path: Path) -> None:
         """Take over everything from a full state."""
@@ -397,8 +352,8 @@ class Trainer:
             bad = int(steps[steps >= 0].min())
             rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
             remedy = "start again in another folder with a smaller --lr or --precision fp32"
-            if self.checkpoints:
-                remedy = f"the last good checkpoint is {self.checkpoints[-1]}; " + remedy + ", from it by --init"
+            if self.folder.checkpoints:
+                remedy = f"the last good checkpoint is {self.folder.checkpoints[-1]}; " + remedy + ", from it by --init"
             raise FloatingPointError(
                 f"the loss or the gradient of step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store); "
                 + remedy
@@ -412,23 +367,12 @@ class Trainer:
         return means if self.args.align_coeff > 0 else {name: means[name] for name in ("loss", "grad_norm")}
 
     def record(self, line: dict) -> None:
-        """Append a line to the log."""
+        """Append a line to the log, in the main process."""
         if not self.accelerator.is_main_process:
             return
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.folder.record(line)
         if self.wandb:
             self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
-
-    def rewind_log(self) -> None:
-        """Drop lines beyond the checkpoint: those steps are about to be repeated, with the same numbers."""
-        path = self.out / "log.jsonl"
-        if path.exists():
-            with reading(path):  # a line without its end was cut off by a kill or a full disk
-                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                lines = [line for line in lines if json.loads(line)["step"] <= self.step]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(lines))
 
     def snapshot(self) -> dict:
         """What a checkpoint says besides the weights in training and the optimiser's state."""
@@ -441,9 +385,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         state = {"model": self.network.state_dict(), "opt": self.optimizer.state_dict(), "sums": sums.tolist()}
-        write_checkpoint(self.out / "checkpoints" / f"{self.step:07d}.pt", {**self.snapshot(), **state})
-        for path in self.checkpoints[: -self.args.keep]:
-            path.unlink()
+        self.folder.write_checkpoint(f"{self.step:07d}", {**self.snapshot(), **state})
+        self.folder.remove_old()
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -501,7 +444,7 @@ class Trainer:
         """Train until `--steps` or a signal; log, evaluate, sample and save on the way."""
         args, main = self.args, self.accelerator.is_main_process
         if main:
-            self.rewind_log()
+            self.folder.rewind_log(self.step)
         self.wandb = start_wandb(args, self.out) if main and args.wandb else None
         total, done = args.steps * args.batch_size, self.step * args.batch_size
         bar = tqdm(total=total, initial=done, unit="img", disable=not main)
@@ -531,7 +474,7 @@ class Trainer:
                     if sample:
                         self.sample()
                     if snapshot and main:
-                        write_checkpoint(self.out / "checkpoints" / f"{self.step:07d}-ema.pt", self.snapshot())
+                        self.folder.write_checkpoint(f"{self.step:07d}-ema", self.snapshot())
                     if save:
                         self.save()
                     began += time.perf_counter() - paused
@@ -562,12 +505,6 @@ def start_wandb(args: argparse.Namespace, out: Path) -> object:
     name = out.resolve().name
     identity = f"{name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
     return wandb.init(project=args.wandb, name=name, id=identity, resume="allow", dir=out, config=vars(args))
-
-
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint whole; through a stream, because torch.save puts a file's name into it."""
-    with atomic(path) as temporary, open(temporary, "wb") as stream:
-        torch.save(state, stream)
 
 
 def launch(args: argparse.Namespace) -> accelerate.Accelerator:
@@ -609,7 +546,8 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.step >= args.steps:
             accelerator.print(f"{args.out} is at step {trainer.step:,} already; raise --steps to go on")
             return
-        trainer.note(provenance(argv, accelerator.num_processes))
+        if accelerator.is_main_process:
+            trainer.folder.note(trainer.step, provenance(argv, accelerator.num_processes))
         trainer.prepare()
         less = f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"
         with fitting(f"{less}; if it lasted for {WARM_STEPS} steps, --no-compile, because recording one takes more"):

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         saves = []
         for _ in range(args.times):
             saves.append(seconds(trainer.save))
-            [saved] = trainer.checkpoints
+            [saved] = trainer.folder.checkpoints
             size = saved.stat().st_size
             print(f"{args.model}: {size / 1e9:.2f} GB saved in {saves[-1]:.1f} s", flush=True)
             trainer.step += 1

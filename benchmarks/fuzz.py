@@ -38,7 +38,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import train
 from dataset import LatentDataset, read_meta
 from evaluations.images import open_images
 from evaluations.inception import read_weights
@@ -49,6 +48,7 @@ from memory.command import named
 from memory.files import sha256, write_json
 from memory.output import Output
 from memory.provenance import provenance
+from memory.run_folder import RunFolder
 from models.autoencoder import load_codec
 from models.checkpoint import load_model
 from models.encoder import load_encoder
@@ -252,13 +252,10 @@ def read_vae(path: Path) -> None:
 
 def read_run(path: Path) -> None:
     """As a run that has no checkpoint yet is met by its command."""
-    args = argparse.Namespace(lr=1e-4)
-    facts = {"store": {"fingerprint": "f"}, "bank": None}
-    run = argparse.Namespace(out=path, checkpoints=[], args=args, facts=facts, step=3)
-    run.accelerator = argparse.Namespace(is_main_process=True)
-    train.Trainer._check_same_run(run)
-    train.Trainer.rewind_log(run)
-    train.Trainer.note(run, {})
+    run = RunFolder(path, {"lr": 1e-4}, {"store": {"fingerprint": "f"}, "bank": None})
+    run.check_same()
+    run.rewind_log(3)
+    run.note(3, {})
 
 
 def read_report(path: Path) -> None:

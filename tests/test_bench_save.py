@@ -13,7 +13,7 @@ def test_saving_is_timed(tmp_path, monkeypatch, capsys):
 
     def watch(trainer):
         save(trainer)
-        [path] = trainer.checkpoints  # `--keep 1`
+        [path] = trainer.folder.checkpoints  # `--keep 1`
         saved.append((path.stat().st_size, len(torch.load(path, weights_only=True)["opt"]["state"])))
 
     monkeypatch.setattr(train.Trainer, "save", watch)

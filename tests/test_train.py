@@ -1,6 +1,5 @@
 """Training: the data of a step, resume, process counts, signals, and commands that must not start."""
 
-import argparse
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from memory import pairs, resident
 from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.resident import ResidentDataset
+from memory.run_folder import RunFolder
 from models import replay, sit
 from models.checkpoint import load_model
 
@@ -446,7 +446,7 @@ def test_old_checkpoints_go_and_snapshots_stay(folder):
     assert names == ["0000002-ema.pt", "0000004-ema.pt", "0000005.pt", "0000006-ema.pt", "0000006.pt"]
     (out / "checkpoints" / "10000000.pt").symlink_to("0000006.pt")
     args = train.parse(command(folder, out))
-    found = train.Trainer.checkpoints.fget(argparse.Namespace(out=train.Path(args.out)))
+    found = RunFolder(train.Path(args.out), vars(args), {}).checkpoints
     assert [path.stem for path in found] == ["0000005", "0000006", "10000000"]
     found[-1].unlink()
     model, config, bank = load_model(out)
@@ -523,14 +523,14 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder):
 
 
 def test_the_only_checkpoint_stays_until_the_next_is_whole(folder, monkeypatch):
-    out, write = folder / "only", train.write_checkpoint
+    out, write = folder / "only", RunFolder.write_checkpoint
 
-    def full(path, state):
-        if path.stem == "0000004":
+    def full(run, name, state):
+        if name == "0000004":
             raise OSError("the disk filled up")
-        write(path, state)
+        write(run, name, state)
 
-    monkeypatch.setattr(train, "write_checkpoint", full)
+    monkeypatch.setattr(RunFolder, "write_checkpoint", full)
     with pytest.raises(OSError, match="filled up"):
         train.main(command(folder, out, "--steps", 6, "--save-every", 2, "--keep", 1))
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
