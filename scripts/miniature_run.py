@@ -6,6 +6,7 @@ Its log is written after every part, and no part that it has is done again.
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -184,7 +185,9 @@ class Run:
         if not path.is_file():
             if self.spec.aligned:
                 self.data.add_missing_patches()
-            call(train, self.training())
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+            with self.data.claimed(f"training-on-{gpus}", wait=True):  # two take longer at once than by turns
+                call(train, self.training())
         return path
 
     def add_point(self, step: int) -> None:

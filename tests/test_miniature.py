@@ -125,6 +125,22 @@ def test_what_another_process_is_at_is_left_to_it(places, capsys):
     assert not (places / "logs" / "fashion" / "none-6.json").exists()
 
 
+def test_on_a_gpu_one_process_trains_at_a_time(places, monkeypatch):
+    other, free = prepared(places, "none").data, {}
+
+    def diverge(words):
+        for gpu in ("0", "1"):
+            with other.claimed(f"training-on-{gpu}", wait=False) as free[gpu]:
+                pass
+        raise FloatingPointError
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(miniature_run.train, "main", diverge)
+    with pytest.raises(FloatingPointError):
+        run(places, "none", "--lr", "1e-3", "--seeds", "7")
+    assert free == {"0": True, "1": False}
+
+
 def test_a_setting_that_diverges_loses(places, monkeypatch):
     def diverge(words):
         raise FloatingPointError("the loss of step 57 is not finite")
