@@ -271,7 +271,7 @@ def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list
     folders = [name.split("/")[:-1] for name in names]
     ends = zip(min(folders), max(folders), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))  # leading folders of all images
-    classes = [folder[shared] if len(folder) > shared else None for folder in folders]
+    classes = [(folder[shared] or None) if len(folder) > shared else None for folder in folders]  # "": in archives
     if not any(classes):
         return None, None
     if not all(classes):

@@ -23,7 +23,7 @@ FOUND = (
     *(("zip", 5240), ("zip", 10417), ("vae-config", 5308), ("vae-config", 5385)),
     *(("inception", 20021), ("samples.json", 20005), ("samples.json", 20086), ("output", 20001), ("output", 20003)),
     *(("config.json", 20004), ("config.json", 20012), ("progress", 20000), ("progress", 20007), ("kept", 20006)),
-    *(("log.jsonl", 20149), ("log.jsonl", 20011), ("image.tiff", 50109)),
+    *(("log.jsonl", 20149), ("log.jsonl", 20011), ("image.tiff", 50109), ("zip", 90200)),
 )
 
 
