@@ -4,11 +4,12 @@
     python -m scripts.compare benchmarks/miniature/glyphs*                      # and how the gain grows with diversity
     python -m scripts.compare benchmarks/miniature/glyphs --check my-run.json
 
-Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), and FOLDER/controls.json
+Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), FOLDER/controls.json and
+        FOLDER/search/*.json
 Writes  FOLDER/curve.png   distance to held-out images over steps and over seconds of training: mean and range of seeds;
                            a second row for the arms that are not primary, and for the size of the bank
         FOLDER/table.md    whether the claim holds, the same as a table, steps to the baselines' last distance, size of
-                           the bank, ways to sample, real images, copies
+                           the bank, search, ways to sample, real images, copies
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the
@@ -22,6 +23,7 @@ in eight of the very same procedure is, because so few say little about their de
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +40,7 @@ from scripts.arms import (
     DIVERSE,
     FLOOR,
     OTHERS,
+    PRIMARY,
     SHARES,
     Arm,
     Target,
@@ -51,6 +54,7 @@ from scripts.arms import (
     read_arms,
     read_run,
     score,
+    scored,
     speeds,
     targets,
     variants,
@@ -86,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         controls = folder / "controls.json"
         rows = read_json(controls)["rows"] if controls.is_file() else {}
         floor = dig(rows, (FLOOR, "held_out", "fd"))
-        write("\n\n".join(page(arms, rows)), folder / "table.md")
+        tried = [read_json(path) for path in sorted((folder / "search").glob("*.json"))]
+        write("\n\n".join(page(arms, rows, tried)), folder / "table.md")
         save(draw(arms, floor), folder / "curve.png")
         if (name := dataset(arms)) in CHARACTERS:
             grown[CHARACTERS[name]] = (arms, floor)
@@ -115,8 +120,8 @@ def number(value: float, form: str = ".3g") -> str:
     return "" if np.isnan(value) else format(value, form)
 
 
-def page(arms: dict[str, Arm], rows: dict[str, dict]) -> Iterable[str]:
-    """Markdown: the claim, what is missing, and the tables."""
+def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict]) -> Iterable[str]:
+    """Markdown: the claim, what is missing, and the tables; from the arms, the rows of real images, and the search."""
     yield f"# {dataset(arms)}: FD to held-out images, the mean of the seeds"
     checks, baselines = sanity(arms, rows), [flattening(arms[name]) for name in BASELINES if name in arms]
     yield claim(arms, checks, baselines)
@@ -131,6 +136,7 @@ def page(arms: dict[str, Arm], rows: dict[str, dict]) -> Iterable[str]:
         "Curves": scores(arms),
         "Steps to the baselines' last FD (ratio; of each seed)": ratios(arms),
         "Size of the bank": sizes(arms),
+        "Search (whole runs of one seed; the best of an arm is its run of that seed above)": searched(tried),
         "Other ways to sample the last checkpoint": sampled(arms),
         "Real images": real(rows),
         "Are these copies?": copies(arms),
@@ -212,6 +218,20 @@ def sizes(arms: dict[str, Arm]) -> list[dict]:
         row |= {"of each seed": seeds.figures, "order of the arms": order.figures, few.what: few.figures}
         rows.append(row | {"the claim": verdict(found)})
     return rows
+
+
+def searched(tried: list[dict]) -> list[dict]:
+    """Runs of the search, arms in their order, the best first in each; one that diverged comes last."""
+    rows, order = [], (*PRIMARY, *OTHERS)
+    for run in tried:
+        points, scale = scored(run), run["settings"]["scale"]
+        row = {"arm": run["arm"], "lr": f"{run['settings']['lr']:g}", "scale": "" if scale is None else f"{scale:g}"}
+        row |= {f"{step:,} steps": f"{point['held_out']['fd']:.3g}" for step, point in points.items()}
+        last = math.inf if "diverged" in run or not points else points[max(points)]["held_out"]["fd"]
+        rows.append((order.index(run["arm"]), last, row | ({"diverged": run["diverged"]} if "diverged" in run else {})))
+    rows = [row for *_, row in sorted(rows, key=lambda found: found[:2])]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in names} for row in rows]
 
 
 def sampled(arms: dict[str, Arm]) -> list[dict]:

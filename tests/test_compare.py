@@ -134,6 +134,27 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
         assert (figure == colour).all(1).sum() > 100
 
 
+def test_the_search_is_a_table(tmp_path):
+    for arm, scale, last, changes in (
+        ("nearest-10", 6, 3, {}),
+        ("nearest-10", 1, 2, {}),
+        ("nearest-10", 36, 1, {"diverged": "the loss of step 57 is not finite"}),
+        ("none", None, 5, {}),
+    ):
+        write(tmp_path / "search", arm, [8, last], steps=(500, 1000), settings={"lr": 1e-3, "scale": scale}, **changes)
+    write(tmp_path, "nearest-10", [8, 2], steps=(500, 1000))
+    compare.main([str(tmp_path)])
+    found = entries((tmp_path / "table.md").read_text(), "## Search")
+    assert [*found][:2] == ["none", "nearest-10"]
+    assert [[*row.values()] for row in found["none"]] == [["none", "0.001", "", "8", "5", ""]]
+    last = ["nearest-10", "0.001", "36", "8", "1", "the loss of step 57 is not finite"]
+    assert [[*row.values()] for row in found["nearest-10"]] == [
+        ["nearest-10", "0.001", "1", "8", "2", ""],
+        ["nearest-10", "0.001", "6", "8", "3", ""],
+        last,
+    ]
+
+
 def test_a_verdict_says_which_checks_failed(tmp_path):
     write(tmp_path, "label", FLAT)
     write(tmp_path, "nearest-10", [16, 8, 4, 3, 2.5])
@@ -177,7 +198,7 @@ def test_logs_that_the_experiment_wrote(root):
     assert paths
     for path in paths:
         run = read_run(path)
-        page = "\n\n".join(compare.page({run["arm"]: Arm(run["arm"], [run])}, {}))
+        page = "\n\n".join(compare.page({run["arm"]: Arm(run["arm"], [run])}, {}, []))
         row = entries(page, "## Curves")[run["arm"]][0]
         last = run["curve"][-1]
         assert row["last step"] == f"{last['step']:,}"
@@ -192,17 +213,21 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     logs = root / "benchmarks" / "miniature"
     for given in logs.glob("*/table.md"):
         folder = tmp_path / given.parent.name
-        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "search", "*.md"))
+        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "*.md"))
         compare.main([str(folder)])
         assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
         quoted = entries((root / "evaluations" / "miniature.md").read_text(), f"## What was found on {folder.name}")
-        found = entries(given.read_text(), "## Curves")
+        found, searches = entries(given.read_text(), "## Curves"), entries(given.read_text(), "## Search")
         for arm in read_arms(folder):
             row, (curve, reaches, *_) = quoted[f"`{arm}`"][0], found[arm]
             words = {"steps to `label`'s last FD; of each seed": [*reaches.values()][1] or "8,000"}
             for name, text in row.items():
                 expected = curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
                 assert name in ("arm", "rate, scale") or text == expected[name], (arm, name)
+            for name, text in [*quoted[f"`{arm}`"][1].items()][1:]:
+                lr, scale = name.split(", scale ")
+                tried = [one for one in searches[arm] if float(one["lr"]) == float(lr) and one["scale"] in (scale, "")]
+                assert text.strip("*") == (tried[0]["8,000 steps"] if tried and text else ""), (arm, name)
 
 
 def test_lines_carry_their_names(tmp_path):
