@@ -18,14 +18,13 @@ import json
 import os
 import re
 from pathlib import Path
-from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from memory.bank import MemoryBank
-from memory.files import reading, sha256
+from memory.files import check_form, reading, sha256
 from models.published import convert, hub_file, read_file
 from models.sit import SiT, SiT_models
 
@@ -33,9 +32,14 @@ WEIGHTS = ("ema", "model")
 OURS = {"model_config", "ema"}  # keys of a checkpoint of train.py
 EXPORTED = "model.safetensors"  # an export's file of weights
 MEMORY = ("memorybank", "memoryfreq")  # names of a bank inside it, as in GMem's published file
-FACTS = {  # of a checkpoint, by their kinds
-    **{"args": (dict,), "codec": (dict, NoneType), "bank": (dict, NoneType), "encoder": (str, NoneType)},
-    **{"store": (dict, NoneType), "image_size": (int, NoneType), "steps": (int, NoneType)},
+FACTS = {  # that readers rely on, in the terms of `check_form`: (FORM, None) may be None
+    "args": dict,
+    "steps": (int, None),
+    "codec": (dict, None),
+    "encoder": (str, None),
+    "bank": ({"path": str, "sha256": (str, None)}, None),
+    "store": (dict, None),
+    "image_size": (int, None),
 }
 REMEDY = "give the --out of train.py (which saves every --save-every steps) or of scripts.export, a file in one, or "
 REMEDY += "published weights, which `bash scripts/fetch.sh gmem` gets"
@@ -179,55 +183,32 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
     Raises:
         ValueError: no bank is named, it is not where it was, it changed, or its dimension or encoder is another.
     """
-    named, snippet_dim = config["bank"], config["model_config"]["snippet_dim"]
     if bank is None and "memory" in config:
-        return contained_bank(config)
+        with reading(f"checkpoint {config['checkpoint']['path']}, its memory bank"):
+            return MemoryBank(*config["memory"])
     if bank is None:
+        named = config["bank"]
         if named is None:
             raise ValueError(
                 "the checkpoint names no memory bank (it was trained on images' own features): pass --bank"
             )
-        if not Path(named["path"]).exists():
-            raise ValueError(
-                f"bank {named['path']}, which the checkpoint names, is not there: pass its place as --bank"
-            )
-        files = {
-            Path(named["path"]): named["sha256"],
-            Path(named["path"]).with_suffix(".freq"): named.get("freq_sha256"),
-        }
-        for file, expected in files.items():
+        path = Path(named["path"])
+        if not path.exists():
+            raise ValueError(f"bank {path}, which the checkpoint names, is not there: pass its place as --bank")
+        for file, expected in ((path, named["sha256"]), (path.with_suffix(".freq"), named.get("freq_sha256"))):
             if expected and file.exists() and sha256(file) != expected:
                 raise ValueError(
                     f"bank {file} is not the one of training (its SHA-256 differs from {expected[:12]}…): "
                     "restore it, or pass it as --bank to use it all the same"
                 )
-        return MemoryBank.load(named["path"])
-    loaded = MemoryBank.load(bank)
+        return MemoryBank.load(path)
+    loaded, snippet_dim = MemoryBank.load(bank), config["model_config"]["snippet_dim"]
     if loaded.dim != snippet_dim:
         raise ValueError(f"--bank {bank} has snippets of dimension {loaded.dim}; the checkpoint takes {snippet_dim}")
     encoder = loaded.meta.get("encoder")
     if encoder and config["encoder"] and encoder != config["encoder"]:
         raise ValueError(f"--bank {bank} was made by encoder {encoder!r}; the checkpoint's is {config['encoder']!r}")
     return loaded
-
-
-def contained_bank(config: dict) -> MemoryBank:
-    """The bank inside a published file; ValueError, naming the file, if it is none."""
-    try:
-        return MemoryBank(*config["memory"])
-    except ValueError as error:
-        raise ValueError(f"checkpoint {config['checkpoint']['path']}, its memory bank: {error}") from error
-
-
-def check_facts(checkpoint: dict, path: Path) -> None:
-    """Raise ValueError unless the facts of a checkpoint are of the kinds that readers rely on."""
-    for key, kinds in FACTS.items():
-        if not isinstance(checkpoint.get(key), kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"checkpoint {path}: {key} is {checkpoint.get(key)!r}, expected {expected}")
-    named = checkpoint["bank"]
-    if named is not None and not (isinstance(named.get("path"), str) and isinstance(named.get("sha256"), str | None)):
-        raise ValueError(f"checkpoint {path}: bank is {named!r}, expected its path and sha256")
 
 
 def load_model(
@@ -260,7 +241,8 @@ def load_model(
         raise ValueError(f"checkpoint {path} is a snapshot without {weights!r} weights: use --weights ema")
     with reading(f"checkpoint {path}, its model_config"), torch.device("meta"):  # drawing weights would take longer
         model = build_model(checkpoint["model_config"])
-    check_facts(checkpoint, path)
+    for key, form in FACTS.items():
+        check_form(checkpoint.get(key), form, f"checkpoint {path}: {key}")
     taken_for = f" (by its tensors {checkpoint['format']})" if "format" in checkpoint else ""
     load_state(model.to_empty(device="cpu"), checkpoint[weights], f"checkpoint {path}{taken_for}")
     checkpoint["model_config"] = model.config

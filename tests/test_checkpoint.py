@@ -112,6 +112,21 @@ def test_weights_of_another_network_are_listed(saved):
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"steps": "7"}, r"0000007\.pt: steps is '7', expected int"),
+        ({"args": None}, "args is None, expected dict"),
+        ({"bank": {"sha256": None}}, r"bank\.path is None, expected str"),
+    ],
+)
+def test_facts_of_another_form_are_named(saved, facts, told):
+    path, checkpoint, _ = saved
+    change(path, checkpoint, **facts)
+    with pytest.raises(ValueError, match=told):
+        load_model(path)
+
+
 def test_init_takes_what_fits(saved):
     path, _, model = saved
     other = SiT_models["SiT-Ti/2"](input_size=8, condition="label", num_classes=3)
