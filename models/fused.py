@@ -28,13 +28,7 @@ WARPS = 4
 CHUNKS = (32, 16, 8, 4, 2, 1)  # tokens whose sums one program forms; the first that divides T is taken
 BLOCK = 4096  # numbers of a program of `activate`
 JOIN_BACKWARD = {"stages": 3, "num_warps": 4}
-ACTIVATE_BACKWARD = {
-    "columns": 1024,
-    "tile": 4,
-    "span": 128,
-    "stages": 3,
-    "num_warps": 4,
-}  # a program goes through span rows
+ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span rows a program
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two

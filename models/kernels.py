@@ -5,7 +5,6 @@ caller's choice; both commands that run networks (train.py, sample_ddp.py) go th
 """
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -74,10 +73,9 @@ def compile_by_default() -> bool:
 
 
 def can_fuse(device: torch.device | str) -> bool:
-    """Whether the kernels of models/fused.py run on this device: a GPU since Ampere, with Triton."""
-    device = torch.device(device)
-    found = importlib.util.find_spec("triton") is not None
-    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+    """Whether the kernels of models/fused.py and adamw.py run on this device: a GPU since Ampere, if Triton works."""
+    capable = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+    return capable and triton_works()
 
 
 def can_pack(device: torch.device | str) -> bool:

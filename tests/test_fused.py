@@ -113,7 +113,7 @@ def check_adamw(device):
 def make_update(kernel, device):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(37, 41), torch.nn.Linear(41, 64)).to(device)
-    with mock.patch.multiple(update, can_fuse=lambda device: kernel, triton_works=lambda: True):
+    with mock.patch.object(update, "can_fuse", return_value=kernel):
         made = update.Update(network, 1e-2, 0.99, clip=0.5, ema_decay=0.99, warmup=3)
     if made.kernel:
         made.kernel = mock.Mock(wraps=made.kernel)
@@ -253,6 +253,7 @@ def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
     names = [backend.name.split("_")[0] for backend in kernels.attention_backends("cpu")]
     assert names == ["FLASH", "EFFICIENT", "MATH"]
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "triton_works", lambda: True)
     for capability, first in (((9, 0), "CUDNN"), ((8, 9), "FLASH")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert kernels.attention_backends("cuda")[0].name.startswith(first)
@@ -265,6 +266,10 @@ def test_the_order_of_attention_backends_follows_the_capability(monkeypatch):
     assert [backend.name.split("_")[0] for backend in kernels.attention_backends("cuda")] == names
     assert not kernels.can_pack("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernels.can_fuse("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert kernels.can_fuse("cuda")
+    monkeypatch.setattr(kernels, "triton_works", lambda: False)
     assert not kernels.can_fuse("cuda")
     assert not kernels.can_fuse("cpu")
     assert not kernels.can_pack("cpu")
