@@ -101,8 +101,11 @@ def encoder_multiply_adds(name: str, side: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def bank_flop(bank: dict, images: int) -> int:
-    """Of exact k-means, given bank.json and the store's number of images: one assignment more than there are passes."""
+def bank_flop(bank: dict, images: int) -> int | None:
+    """Of exact k-means, given bank.json and the store's number of images: one assignment more than there are passes;
+    None for a bank that others built, of which an export writes nothing but hashes."""
+    if None in map(bank.get, ("rule", "k", "dim", "iterations")):
+        return None
     assignments = 0 if bank["rule"] == "every feature" else bank["iterations"] + 1
     return 2 * images * bank["k"] * bank["dim"] * assignments
 

@@ -45,8 +45,8 @@ SETTINGS = dict.fromkeys(("sampler", "condition", "encoder"), (str, None)) | {"g
 SETTINGS |= dict.fromkeys(("evaluations", "training_steps"), (int, None)) | {"bank": ({str: str}, None)}
 ARGS = {"align_coeff": (float, None), "batch_size": (int, None), "precision": (str, None)}
 TRAINED = {"format": (str, None), "args": ARGS, "model_config": dict, "store": ({"fingerprint": str}, None)}
-MADE = {"images_per_second": float, "device": str, "checkpoint": (str, None), "bank_shape": ([int], None)}
-MADE["trained"] = (TRAINED, None)
+MADE = {"images_per_second": (float, None), "checkpoint": (str, None), "bank_shape": ([int], None)}
+MADE |= {"device": (str, None), "trained": (TRAINED, None)}
 RESULT = {
     "metrics": {str: float},
     "num_samples": int,
@@ -57,7 +57,7 @@ RESULT = {
     "run": {"code": str},
     "samples": [{"path": str, "made": {"settings": (SETTINGS, None), "run": (MADE, None)}}],
 }
-BANK = {"sha256": {"bank.pth": str}, "rule": str, "k": int, "dim": int, "iterations": int}
+BANK = {"sha256": {"bank.pth": str}, "rule": (str, None)} | dict.fromkeys(("k", "dim", "iterations"), (int, None))
 BANK |= {"run": ({"seconds": float, "processes": int}, None)}
 STORE = {"codec": {"name": str}, "encoders": {str: dict}, "runs": ([{"process_seconds": float}], None)}
 
@@ -86,7 +86,8 @@ class Result:
     """One result of the evaluator, with what the samples' maker said."""
 
     def __init__(self, path: Path):
-        if not read_json(path).get("samples"):
+        found = read_json(path)  # other commands of evaluations/ write samples, too, but no metrics of them
+        if not (found.get("metrics") and found.get("samples")):
             raise ValueError(f"{path} is no result of evaluations.evaluator; give such JSON files, or folders")
         self.path, self.json = path, read_json(path, **RESULT)
         made = self.json["samples"][0]["made"]
@@ -290,7 +291,8 @@ def costs(sources: Sources) -> list[str]:
             hours["training"] = cost.training_hours(run)
         row |= {f"{part} FLOP": "" if n is None else f"{n:.2e}" for part, n in flop.items()}
         row |= {f"{part} hours": "" if n is None else f"{n:.3g}" for part, n in hours.items()}
-        rows.append(row | {"images/s": f"{result.run['images_per_second']:.2f} on {result.run['device']}"})
+        made = result.run.get("images_per_second"), result.run.get("device")
+        rows.append(row | {"images/s": "" if None in made else f"{made[0]:.2f} on {made[1]}"})
     if not rows:
         return []
     return [

@@ -326,6 +326,12 @@ def test_results_of_different_protocols_never_share_a_table(doctored, capsys):
 def test_what_is_no_source_is_named(made, tmp_path):
     with pytest.raises(ValueError, match=r"bank\.json is no result of evaluations"):
         report.main([str(made.bank / "bank.json")])
+    result = read(made.result)
+    (tmp_path / "controls.json").write_text(
+        json.dumps({"rows": {}, "samples": result["samples"], "run": result["run"]})
+    )
+    with pytest.raises(ValueError, match=r"controls\.json is no result of evaluations"):
+        report.main([str(tmp_path / "controls.json")])
     with pytest.raises(ValueError, match="expected a JSON file, or the folder of a bank, a store or a training run"):
         report.main([str(tmp_path)])
 
@@ -354,6 +360,18 @@ def test_a_damaged_source_is_named(made, tmp_path, file, old, new, message):
     with pytest.raises(ValueError, match=message) as error:
         report.main(sources)
     assert named(error.value), "a command would print a traceback"
+
+
+def test_what_makers_need_not_say_leaves_a_cell_empty(made, tmp_path, capsys):
+    """The rate of samples, and how a bank was built that others published: its export has hashes alone."""
+    result, digest = read(made.result), read(made.bank / "bank.json")["sha256"]
+    del result["samples"][0]["made"]["run"]["images_per_second"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "bank.json").write_text(json.dumps({"sha256": digest}))
+    (row,) = lines(pages(capsys, tmp_path / "result.json", tmp_path / "bank", made.store), "Cost")
+    assert (row["bank FLOP"], row["bank hours"], row["images/s"]) == ("", "", "")
+    assert row["encoding FLOP"]
 
 
 def test_features_that_were_derived_cost_what_they_were_derived_from(made, tmp_path, capsys):
