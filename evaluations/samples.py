@@ -23,7 +23,8 @@ class Samples:
         self.images = open_images(path)
         self.path = self.images.path
         beside = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-        self.made = read_json(beside) if beside.is_file() else {}
+        made = read_json(beside) if beside.is_file() else {}
+        self.made = {} if "metrics" in made else made  # the evaluator's own result, by `--out`, tells of no maker
         self.settings = self.made.get("settings", {})
         for facts, kinds in ((self.made, MADE), (self.settings, SETTINGS)):
             for key in facts.keys() & kinds:

@@ -412,6 +412,14 @@ def test_the_number_of_samples_must_be_what_their_maker_says(evaluate, tmp_path)
         evaluate(real, fewer, "--num-samples", "9")
 
 
+def test_a_result_beside_the_samples_is_not_what_their_maker_says(evaluate, tmp_path):
+    """Where `--out` gave it the name that a maker's record would have, and evaluation runs again."""
+    real, fake = save_npz(tmp_path / "ref.npz", pictures(24)), save_npz(tmp_path / "x.npz", pictures(20, seed=1))
+    _, first = evaluate(real, fake)
+    (tmp_path / "x.json").write_text(json.dumps(first))
+    assert evaluate(real, fake)[1]["samples"] == first["samples"]
+
+
 def test_two_processes_give_the_numbers_of_one(evaluate, encoder_weights, tmp_path, root):
     real, fake = save_npz(tmp_path / "ref.npz", pictures(25)), save_npz(tmp_path / "x.npz", pictures(21, seed=1))
     alone = evaluate(real, fake, "--no-cache")[1]["metrics"]
