@@ -60,12 +60,9 @@ class Encoder:
         self.model = pretrained_model(name, recipe, weights).to(self.device, dtype).eval().requires_grad_(False)
         config = resolve_model_data_config(self.model)
         mean, std = recipe.normalise or (config["mean"], config["std"])
-        self.mean, self.std = torch.tensor(mean).expand(3), torch.tensor(std).expand(3)
-        self.source = {
-            "model": recipe.model,
-            "weights": weights and weights.name,
-            "sha256": weights and sha256(weights),
-        }
+        self.mean, self.std = (torch.tensor(part, device=self.device).expand(3) for part in (mean, std))
+        digest = weights and sha256(weights)
+        self.source = {"model": recipe.model, "weights": weights and weights.name, "sha256": digest}
         features, patches = self(torch.zeros(1, 3, self.input_size, self.input_size, dtype=torch.uint8), True)
         self.dim, self.num_patches = features.shape[1], patches.shape[1]
 
@@ -116,7 +113,7 @@ class Encoder:
                 f"encoder {self.name!r} takes uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}"
             )
         images = images.to(self.device).expand(-1, 3, -1, -1).float() / 255  # (B, 3, H, W)
-        images = (images - self.mean.to(self.device).view(3, 1, 1)) / self.std.to(self.device).view(3, 1, 1)
+        images = (images - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
         size = (self.input_size, self.input_size)
         return F.interpolate(images, size, mode="bicubic", antialias=self.antialias).to(self.dtype)
 
