@@ -44,14 +44,12 @@ class Shards:
 
     def __init__(self, rows: int, device: torch.device):
         self.distributed = dist.is_available() and dist.is_initialized()
-        sizes = torch.tensor([rows], device=device)
-        if self.distributed:
-            sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=device)
-            sizes[dist.get_rank()] = rows
-        self.sizes = self.sum(sizes).tolist()
-        self.start = sum(self.sizes[: dist.get_rank()]) if self.distributed else 0
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if self.distributed else (0, 1)
+        sizes = torch.zeros(processes, dtype=torch.long, device=device)
+        sizes[rank] = rows
+        sizes = self.sum(sizes).tolist()
+        self.start, self.total = sum(sizes[:rank]), sum(sizes)
         self.stop = self.start + rows
-        self.total = sum(self.sizes)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` over all processes, in place."""
@@ -65,10 +63,13 @@ class Shards:
         everyone[self.start : self.stop] = local
         return self.sum(everyone)
 
+    def mine(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which (n,) of the global row numbers (M,) are this process's."""
+        return ((rows >= self.start) & (rows < self.stop)).nonzero().squeeze(1)
+
     def rows(self, local: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """The rows (M, …) of all processes' (N, …) whose global numbers are `wanted` (M,), on every process."""
-        found = local.new_zeros(len(wanted), *local.shape[1:])
-        mine = ((wanted >= self.start) & (wanted < self.stop)).nonzero().squeeze(1)
+        found, mine = local.new_zeros(len(wanted), *local.shape[1:]), self.mine(wanted)
         found[mine] = local[wanted[mine] - self.start]
         return self.sum(found)
 
@@ -240,7 +241,7 @@ def kmeans(
     if init is None:
         chosen = torch.randperm(shards.total, generator=torch.Generator().manual_seed(seed))[:k].to(features.device)
         centroids = shards.rows(features, chosen)
-        mine = ((chosen >= shards.start) & (chosen < shards.stop)).nonzero().squeeze(1)
+        mine = shards.mine(chosen)
         guess[chosen[mine] - shards.start] = mine
     else:
         if init.shape != (k, features.shape[1]):
