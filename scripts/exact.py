@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         images.append(to_uint8(samplers[args.sampler](velocity, z, args.steps).unflatten(1, shape)))
     with atomic(args.out / "samples.npz") as temporary, open(temporary, "wb") as stream:
         np.savez(stream, arr_0=torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
-    settings = {"labels": "random", "seed": args.seed, "sampler": args.sampler, "steps": args.steps}
+    settings = {"labels": "random", "seed": args.seed}
+    if args.condition != "real":
+        settings |= {"sampler": args.sampler, "steps": args.steps}
     write_json(args.out / "samples.json", {"num_images": args.num_images, "complete": True, "settings": settings})
     print(f"{args.num_images} images in {args.out / 'samples.npz'}")
 
