@@ -18,7 +18,6 @@ any number of processes sees the same data and "where training stopped" is a ste
 import fcntl
 import functools
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from memory.files import atomic, read_json, reading
+from memory.files import atomic, free_space, read_json, reading
 
 FORMAT = 1  # of meta.json and the arrays; raised when an older reader would misread them
 META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
@@ -254,7 +253,7 @@ def stage(store: str | os.PathLike, directory: str | os.PathLike) -> Path:
                 print(f"staged: using the copy in {target}")
                 return target
             (target / META).unlink()
-        space, total = shutil.disk_usage(target).free, sum(sizes.values())
+        space, total = free_space(target), sum(sizes.values())
         if total > space:
             raise ValueError(
                 f"staging {source} needs {total / 1e9:.2f} GB, {directory} has {space / 1e9:.2f} GB free: "

@@ -223,7 +223,7 @@ def test_stage_copies_once_and_notices_changes(store, tmp_path, capsys):
 
 def test_stage_checks_the_disk_first_and_leaves_no_meta_behind(store, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(ValueError, match="make room or choose another directory"):
         stage(store, tmp_path / "fast")
     assert not (tmp_path / "fast/store/meta.json").exists()
