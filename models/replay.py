@@ -39,7 +39,7 @@ class Replay:
         if shapes != self.shapes:
             self.forget()
             self.shapes = shapes
-        self.steps += all(ends[:1])
+        self.steps += all(ends[:1])  # at a step's first micro-batch, or, without marks, at every call
         if self.steps <= self.warm:
             return self.work(*inputs)
         if ends not in self.graphs:
@@ -69,8 +69,10 @@ def clone(value: object) -> object:
     """The same structure with copies of its tensors."""
     if isinstance(value, Tensor):
         return value.clone()
+    if value is None:
+        return None
     copies = [clone(part) for part in parts(value)]
-    return None if value is None else type(value)(*copies) if dataclasses.is_dataclass(value) else type(value)(copies)
+    return type(value)(*copies) if dataclasses.is_dataclass(value) else type(value)(copies)
 
 
 def parts(value: object) -> list:
