@@ -68,7 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    say = tqdm.write if state.is_main_process else lambda line: None
 
     args.encoder = args.encoder or only_encoder(args.store)
     store, beside = LatentDataset(args.store, args.encoder), args.store.with_name(f"{args.store.name}-holdout")
@@ -77,12 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     [done] = broadcast_object_list([is_complete(args.out, settings) if state.is_main_process else None])
     if done:
         (args.out / UNFINISHED).unlink(missing_ok=True)
-        say(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
+        state.print(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
         state.destroy_process_group()
         return
     with claimed("--out", args.out, state.is_main_process):
         build(args, store, holdout, settings, state, argv)
-    say(f"wrote {args.out / 'bank.pth'}")
+    state.print(f"wrote {args.out / 'bank.pth'}")
     state.destroy_process_group()
 
 
