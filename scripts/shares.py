@@ -4,8 +4,9 @@
 
 A sample counts for the group of the training image nearest to it, by the features of an encoder that the store holds,
 or, without `--encoder`, by latents. Groups are the files' names where classes share them (the fonts of glyphs), or else
-the classes. If the samples were drawn by labels and the groups are no classes, only images of a sample's own class
-count, and what is expected of a group is its mean share of the drawn classes; otherwise, its share of all.
+the classes; `--by class` is for files that are numbered alike in every class. If the samples were drawn by labels and the
+groups are no classes, only images of a sample's own class count, and what is expected of a group is its mean share of the
+drawn classes; otherwise, its share of all.
 
 The nearest image misses the group at times, and more often for some groups. Two controls say how often, images of known
 groups that are searched for like samples: random training images, each of which may not find itself, and held-out ones.
@@ -37,7 +38,7 @@ from models.autoencoder import load_codec
 from models.kernels import fitting
 from sample_ddp import label_rules
 
-NAME, CLASS = "file name", "class"  # what a group is
+NAME, CLASS = "name", "class"  # of a file; what a group is
 SAMPLES, TRAINING, HELD_OUT = "samples", "random training images", "held-out images"
 
 
@@ -88,6 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--store", type=Path, required=True, help="store of the training images; STORE-holdout lies beside it")
     add("--encoder", metavar="NAME", help="compare by these features of the store")
     add("--encoder-weights", metavar="FILE", help="local weights of --encoder")
+    add("--by", choices=(NAME, CLASS), help="what a group is (default: the file's name if classes share them)")
     add("--labels", metavar="FILE", help="the file of labels, if the samples were drawn by one")
     add("--num-samples", metavar="N", type=int, help="use the first N of the samples (default: all)")
     add("--batch-size", metavar="B", type=int, default=256, help="images at once through the encoder")
@@ -122,15 +124,16 @@ def drawn_labels(samples: Samples, file: str | None, num_classes: int | None) ->
     return labels
 
 
-def grouped(store: LatentDataset, within_classes: bool) -> Grouping:
-    """The groups of a store's images; ValueError if it has neither names that repeat nor classes."""
+def grouped(store: LatentDataset, within_classes: bool, by: str | None) -> Grouping:
+    """The groups of a store's images, by what is asked for or can be; ValueError if it has not that."""
     stems = [Path(name).stem for name in (store.path / NAMES).read_text().splitlines()]
     names, groups = np.unique(stems, return_inverse=True)
-    if len(names) <= len(stems) // 2:
+    if by == NAME or (by is None and len(names) <= len(stems) // 2):
         classes = np.array(store.labels) if within_classes else np.zeros(len(stems), np.int64)
         return Grouping(names.tolist(), groups, classes, NAME)
     if not store.meta.get("num_classes"):
-        raise ValueError(f"--store {store.path}: its images have neither file names that repeat nor labels: no groups")
+        lacking = "no labels: leave out --by class" if by else "neither file names that repeat nor labels: no groups"
+        raise ValueError(f"--store {store.path}: its images have {lacking}")
     labels, groups = np.unique(store.labels, return_inverse=True)
     titles = store.meta["class_names"] or [str(label) for label in range(store.meta["num_classes"])]
     return Grouping([titles[label] for label in labels], groups, np.zeros(len(stems), np.int64), CLASS)
@@ -155,9 +158,10 @@ def nearest_rows(
     found, different = np.empty(len(points), np.int64), np.unique(classes)
     for one in tqdm(different, desc=title, unit=" classes", disable=len(different) == 1):
         mine, rows = np.flatnonzero(classes == one), np.flatnonzero(among == one)
+        images = stored if len(rows) == len(stored) else stored[rows]  # a copy of all may not fit into memory
         own = None if exclude is None else torch.from_numpy(np.searchsorted(rows, exclude[mine])).to(points.device)
         bar = title if len(different) == 1 else None
-        found[mine] = rows[nearest(points[mine], stored[rows], space, own, bar).rows.cpu().numpy()]
+        found[mine] = rows[nearest(points[mine], images, space, own, bar).rows.cpu().numpy()]
     return found
 
 
@@ -183,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = f"its images are {samples.images.size}, those of {args.store} {(side, side)}"
         raise ValueError(f"{samples.path}: {sizes}; name the store that their network was trained on")
     labels = drawn_labels(samples, args.labels, store.meta.get("num_classes"))
-    training = grouped(store, within_classes=labels is not None)
+    training = grouped(store, labels is not None, args.by)
     within = labels is not None and training.by == NAME
     sizes = training.sizes(store.meta["num_classes"] if within else 1)
     unseen = np.array(holdout.labels) if within else np.zeros(len(holdout), np.int64)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,31 @@ def test_without_names_groups_are_classes(count, tmp_path):
     shutil.copytree(tmp_path / "flat", tmp_path / "flat-holdout")
     with pytest.raises(ValueError, match="neither file names that repeat nor labels"):
         count(tmp_path / "flat", [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="no labels: leave out --by class"):
+        count(tmp_path / "flat", [0, 1, 2, 3], "--by", "class")
+
+
+def test_groups_are_classes_on_request(count, store):
+    """Though file names are shared: as those of images that are numbered in each class are."""
+    _, found = count(store, [0, 10, 29, 200, 2, 11], "--by", "class", labels="balanced", seed=0)
+    assert (found["by"], found["within_classes"]) == ("class", False)
+    rows = {name: (row["expected"], row["samples"]) for name, row in found["groups"].items()}
+    assert rows == {
+        name: pytest.approx(shares)
+        for name, shares in (("a", (4 / 11, 2 / 6)), ("b", (4 / 11, 2 / 6)), ("c", (3 / 11, 2 / 6)))
+    }
+
+
+def test_a_search_among_all_copies_no_store():
+    class OnDisk(np.ndarray):
+        def __getitem__(self, index):
+            assert isinstance(index, slice), "read a part at a time"
+            return super().__getitem__(index)
+
+    stored = np.arange(20, dtype=np.float32).reshape(10, 1, 2).view(OnDisk)
+    space, zeros = SimpleNamespace(points=lambda kept: kept), np.zeros(10, np.int64)
+    rows = shares.nearest_rows(torch.tensor([[4.0, 5], [19, 19]]), zeros[:2], stored, zeros, space, None, "")
+    assert rows.tolist() == [2, 9]
 
 
 def test_labels_of_a_file(count, store, tmp_path):
