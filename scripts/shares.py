@@ -4,9 +4,9 @@
 
 A sample counts for the group of the training image nearest to it, by the features of an encoder that the store holds,
 or, without `--encoder`, by latents. Groups are the files' names where classes share them (the fonts of glyphs), or else
-the classes; `--by class` is for files that are numbered alike in every class. If the samples were drawn by labels and the
-groups are no classes, only images of a sample's own class count, and what is expected of a group is its mean share of the
-drawn classes; otherwise, its share of all.
+the classes; `--by class` is for files that are numbered alike in every class. If the samples were drawn by labels and
+the groups are no classes, only images of a sample's own class count, and what is expected of a group is its mean share
+of the drawn classes; otherwise, its share of all.
 
 The nearest image misses the group at times, and more often for some groups. Two controls say how often, images of known
 groups that are searched for like samples: random training images, each of which may not find itself, and held-out ones.
