@@ -116,10 +116,10 @@ class Pairs:
             return LatentDataset(store, **options)
         features = LatentDataset(store, encoder=self.encoder, **options)
         if self.args.snippet_from == "own":
-            parts = range(0, len(features), 8192)
-            chunks = (torch.from_numpy(np.array(features.features[start : start + 8192])) for start in parts)
-            bad = torch.cat([undirected(some.flatten(0, 1)).view(some.shape[:2]).any(1) for some in chunks])  # (N,)
-            refuse(f"the {self.encoder} features of {store}", bad)
+            for start in range(0, len(features), 8192):
+                some = torch.from_numpy(np.array(features.features[start : start + 8192]))  # (n, V, F)
+                bad = undirected(some.flatten(0, 1)).view(some.shape[:2]).any(1)  # (n,)
+                refuse(f"the {self.encoder} features of {store}", bad, start)
             return features
         assignment, made_from = self.bank.assignment, self.bank.meta.get("store_fingerprint")
         if assignment is None or made_from != features.meta["fingerprint"]:  # a bank that was not built from this store
