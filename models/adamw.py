@@ -1,7 +1,12 @@
 """AdamW and the weights' moving average in one Triton kernel over all tensors: each number is read and written once.
 
 PyTorch's fused AdamW also writes the clipped gradients back, which nobody reads, and the average takes a pass of its
-own; together they move a fifth more bytes. `models/update.py` is what this must equal.
+own; together they move a fifth more bytes. `models/update.py` is what this must equal. At step s, from 1 on:
+
+    g ← g·min(1, clip/(norm + 10⁻⁶))
+    m ← m + (1 − β₁)·(g − m),   v ← v + (1 − β₂)·(g² − v)
+    w ← w − lr/(1 − β₁ˢ)·m/(√v/√(1 − β₂ˢ) + ε)                     (arXiv 1711.05101, algorithm 2, without decay)
+    e ← e + share·(w − e)
 """
 
 import torch
@@ -62,14 +67,15 @@ class Kernel:
         device = parameters[0].device
         self.sizes = torch.tensor([tensor.numel() for tensor in parameters], device=device)
         parts = [range(0, tensor.numel(), BLOCK) for tensor in parameters]
-        self.starts = torch.tensor([start for part in parts for start in part], device=device)
+        # The tensor of each program, and where in it the program starts.
         self.of = torch.tensor([which for which, part in enumerate(parts) for _ in part], device=device)
+        self.starts = torch.tensor([start for part in parts for start in part], device=device)
         self.addresses, self.places = [], None
 
     def __call__(
         self, tensors: list[list[Tensor]], norm: Tensor, clip: float, step: int, optimizer: dict, share: float
     ) -> None:
-        """Step `step`, from 1 on, of AdamW without decay, then the average, which moves by `share`, all in place.
+        """Step `step`, from 1 on, all in place; see the top of this file.
 
         Args:
             tensors: contiguous float32 lists: weights, gradients, first and second moments, averages.

@@ -5,7 +5,11 @@ queries, keys and values are packed in a pass of its own. Here a head is split i
 gradients are written where the projection's gradient needs them, and their sums over tokens, the gradient of the
 projection's bias, are formed on the way (keys have none: what is added to all of them changes no weight). Scores are
 computed twice, once for the gradients of queries and once for those of keys and values, so that few registers are
-needed and several programs share a multiprocessor.
+needed and several programs share a multiprocessor. With P = softmax(q·kᵀ/√S), made again from the logarithms of its
+rows' sums (`lse`) that the forward pass keeps, and `inner`, the sums over S of d_out ∘ out, the gradients are
+(FlashAttention-2, arXiv 2307.08691, algorithm 2)
+
+    d_v = Pᵀ·d_out,   d_scores = P ∘ (d_out·vᵀ − inner),   d_q = d_scores·k/√S,   d_k = d_scoresᵀ·q/√S
 
 Shapes: B images, T tokens, H heads of size S, D = H·S; qkv (B, T, 3·D), out (B, T, D).
 """
