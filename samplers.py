@@ -1,7 +1,8 @@
 """From noise to data: ODE and SDE integrators, guidance, and the noise of each image.
 
 A sampler is a plain function of any `velocity(x, t)`, with x (B, ...) and t (B,) both float64; whoever wraps a network
-casts. Time runs from t = 1 (noise) to t = 0 (data), so every time step dt is negative. The velocity drives
+casts. Time runs from t = 1 (noise) to t = 0 (data), so every time step dt is negative; too few steps for a grid of two
+times are a ValueError. The velocity drives
 
     dx = v dt                                     the probability-flow ODE, and
     dx = (v − ½ w(t) score) dt + √w(t) dW         the reverse SDE with the same marginals for any w ≥ 0
@@ -113,6 +114,7 @@ def _steps(start: float, stop: float, num_points: int) -> list[tuple[float, floa
 
 
 def _velocity(velocity: Velocity, x: Tensor, t: float) -> Tensor:
+    """The velocity (B, ...) of all of x (B, ...) at one time."""
     return velocity(x, x.new_full((len(x),), t)).to(x.dtype)
 
 
@@ -122,6 +124,7 @@ def _diffusion(t: float) -> float:
 
 
 def _drift(velocity: Velocity, interpolant: Interpolant, x: Tensor, t: float) -> Tensor:
+    """v − ½ w(t) score (B, ...) of all of x (B, ...) at one time, not 0."""
     v = _velocity(velocity, x, t)
     return v - _diffusion(t) / 2 * interpolant.score(v, x, x.new_full((len(x),), t))
 
@@ -174,8 +177,8 @@ def noise(
 ) -> Tensor:
     """Standard normal numbers (B, *shape) float32, each a function of (seed, image, step, place in `shape`) alone.
 
-    `images` (B,) and `step` lie in [0, 2³²), `seed` in [0, 2⁶⁴); `device` is by default that of `images`. `normals` may
-    be `normals_of` in compiled form, one kernel in place of many.
+    `images` (B,) and `step` lie in [0, 2³²), `seed` in [0, 2⁶⁴) (else a ValueError); `device` is by default that of
+    `images`. `normals` may be `normals_of` in compiled form, one kernel in place of many.
     """
     images = torch.as_tensor(images, dtype=torch.int64, device=device)
     size = math.prod(shape)

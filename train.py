@@ -339,6 +339,7 @@ class Trainer:
         """One optimiser step on the global batch of `self.step`; the host never waits for the device."""
         losses = self.accumulate(batch).double() / self.args.batch_size  # (3,) of this process's rows
         norm = self.update(self.step)
+        # The norm, and this one step, are the same in all processes, over which `means` adds.
         shared = torch.stack([norm, torch.ones_like(norm)]).double() / self.accelerator.num_processes
         self.sums += torch.cat([losses, shared])
         finite = torch.isfinite(norm) & torch.isfinite(losses[0])
@@ -408,8 +409,7 @@ class Trainer:
                 losses = loss(self.ema, latents, cond, draws[part]).total.double()
             sums.index_add_(1, bins[part], torch.stack([losses, torch.ones_like(losses)]))
         total, count = accelerator.reduce(sums, "sum").cpu()
-        seen = count > 0
-        by_time = [seven_digits(value) if ok else None for value, ok in zip(total / count, seen, strict=True)]
+        by_time = [seven_digits(value) if seen else None for value, seen in zip(total / count, count > 0, strict=True)]
         return {"holdout_loss": seven_digits(total.sum() / count.sum()), "holdout_loss_by_time": by_time}
 
     @torch.no_grad()

@@ -106,7 +106,7 @@ class VAECodec:
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.memory_format = torch.contiguous_format
         self.sha256 = sha256(folder / WEIGHTS)
-        read_config(folder)
+        read_config(folder)  # a check, before diffusers builds what it says
         with reading(f"codec {name!r} in {folder}"):
             options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
             self.vae, found = AutoencoderKL.from_pretrained(folder, **options)
