@@ -93,7 +93,8 @@ def without_folders(config: dict) -> dict:
     }
     store = config["store"] and config["store"] | {"path": Path(config["store"]["path"]).name}
     codec = Path(config["codec"]["name"])
-    codec = codec.name if {"/", ".."} & set(codec.parts) else str(codec)
+    own = {"/", ".."} & set(codec.parts) or (codec.is_dir() and codec.parts[0] != "assets")
+    codec = codec.name if own else str(codec)
     return {"args": args, "store": store, "codec": config["codec"] | {"name": codec}}
 
 

@@ -584,8 +584,13 @@ def test_an_exported_codec_is_known_by_name_and_hash(tmp_path, vae, monkeypatch)
     model, codec = SiT_models["SiT-Test/2"](input_size=SIDE, condition="none"), load_codec(str(vae)).meta(64)
     facts = {"model_config": model.config, "steps": 3, "args": {"interpolant": "linear", "snippet_from": "own"}}
     facts |= {"bank": None, "store": None, "encoder": None, "image_size": 64}
-    names = {"assets/some-vae": "assets/some-vae", f"../{vae.name}": vae.name, str(vae): vae.name}
-    for published, (given, kept) in zip((tmp_path / letter for letter in "abc"), names.items(), strict=True):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("assets", "weights-here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / vae.name).symlink_to(vae)
+    names = {name: name for name in (f"assets/{vae.name}", "organisation/repository")}
+    names |= dict.fromkeys((f"weights-here/{vae.name}", f"../{vae.name}", str(vae)), vae.name)
+    for published, (given, kept) in zip((tmp_path / letter for letter in "abcde"), names.items(), strict=True):
         torch.save({"ema": model.state_dict(), "codec": codec | {"name": given}, **facts}, tmp_path / "a.pt")
         export.main([str(tmp_path / "a.pt"), "--out", str(published)])
         assert load_model(published)[1]["codec"] == codec | {"name": kept}
