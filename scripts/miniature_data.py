@@ -98,19 +98,9 @@ class DataSet:
             self.prepare(weights)
         self.num_images = read_meta(self.store)["num_images"]
 
-    @contextlib.contextmanager
-    def claimed(self, what: str, wait: bool) -> Iterator[bool]:
-        """Keep a part of the work to this process while the block runs; whether no other has it, or `wait` for that."""
-        path = self.root / "claims" / f"{self.name}-{what}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{what}: another process is at it", flush=True)
-                yield False
-                return
-            yield True
+    def claimed(self, what: str, wait: bool) -> contextlib.AbstractContextManager[bool]:
+        """`claimed` for a part of the work on this data set."""
+        return claimed(self.root, f"{self.name}-{what}", wait)
 
     def prepare(self, weights: Path) -> None:
         """Make store and metric encoder where they are missing."""
@@ -165,6 +155,22 @@ class DataSet:
             words = ["--store", str(self.store), "--encoder", arm.features, "--out", str(folder), "--k", rows]
             call(build_bank, [*words, "--passes", str(arm.passes)])
         return folder
+
+
+@contextlib.contextmanager
+def claimed(root: Path, what: str, wait: bool) -> Iterator[bool]:
+    """Keep a part of the work, or a device, to this process while the block runs; whether no other has it, or `wait`
+    for that."""
+    path = root / "claims" / what.replace("/", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{what}: another process is at it", flush=True)
+            yield False
+            return
+        yield True
 
 
 def line(command: ModuleType, words: Sequence[str]) -> str:

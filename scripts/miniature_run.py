@@ -28,7 +28,7 @@ from memory.bank import MemoryBank
 from memory.files import atomic, read_json, write_json
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
-from scripts.miniature_data import ALIGN, ARMS, ENCODER, HELD_OUT, METRIC, DataSet, afresh, call, line
+from scripts.miniature_data import ALIGN, ARMS, ENCODER, HELD_OUT, METRIC, DataSet, afresh, call, claimed, line
 
 CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's own, losses jump at these learning rates
@@ -186,7 +186,7 @@ class Run:
             if self.spec.aligned:
                 self.data.add_missing_patches()
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-            with self.data.claimed(f"training-on-{gpus}", wait=True):  # two take longer at once than by turns
+            with claimed(self.data.root, f"training-on-{gpus}", wait=True):  # two take longer at once than by turns
                 call(train, self.training())
         return path
 

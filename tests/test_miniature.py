@@ -126,19 +126,20 @@ def test_what_another_process_is_at_is_left_to_it(places, capsys):
 
 
 def test_on_a_gpu_one_process_trains_at_a_time(places, monkeypatch):
-    other, free = prepared(places, "none").data, {}
+    """On whatever data set: the claim is the GPU's, also of a part of one, whose name has slashes."""
+    free = {}
 
     def diverge(words):
-        for gpu in ("0", "1"):
-            with other.claimed(f"training-on-{gpu}", wait=False) as free[gpu]:
+        for gpu in ("0", "MIG-GPU-5/1/0"):
+            with miniature_data.claimed(places / "root", f"training-on-{gpu}", wait=False) as free[gpu]:
                 pass
         raise FloatingPointError
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-5/1/0")
     monkeypatch.setattr(miniature_run.train, "main", diverge)
     with pytest.raises(FloatingPointError):
         run(places, "none", "--lr", "1e-3", "--seeds", "7")
-    assert free == {"0": True, "1": False}
+    assert free == {"0": True, "MIG-GPU-5/1/0": False}
 
 
 def test_a_setting_that_diverges_loses(places, monkeypatch):
