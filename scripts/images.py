@@ -8,8 +8,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from memory.files import reading
-
 # What PIL and zipfile raise for a file that is damaged or of an unknown kind.
 UNREADABLE = (
     OSError,
@@ -32,9 +30,13 @@ def read_image(stream: BinaryIO, upright: bool = False) -> Image.Image:
     gives other pixels. Raises one of `UNREADABLE` if the file is damaged, or of floating-point values, whose range
     nobody knows.
     """
-    with reading("as an image"):
+    try:
         image = Image.open(stream)
         image.load()
+    except UNREADABLE:
+        raise
+    except Exception as error:  # PIL meets damaged files with errors of every kind
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL may hold in 32 bits

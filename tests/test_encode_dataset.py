@@ -414,7 +414,9 @@ def test_broken_images_are_named_and_left_out_on_request(damaged, tmp_path, monk
     message = r"3 of 30 images of .* cannot be read: a/03\.png \(.*b/15\.png \(.*c/29\.png .*add --skip-broken"
     with pytest.raises(ValueError, match=message):
         run(damaged, tmp_path / "s", "--keep-images")
-    assert "cannot read a/03.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cannot read a/03.png" in said
+    assert "cannot read c/29.png (UnidentifiedImageError: cannot identify image file" in said
     with pytest.raises(ValueError, match="incomplete"):
         LatentDataset(tmp_path / "s")
     with monkeypatch.context() as patch:
