@@ -44,7 +44,7 @@ from memory.pairs import Pairs
 from memory.provenance import provenance
 from memory.run_folder import RunFolder
 from models.autoencoder import check_codec, load_codec, to_uint8
-from models.checkpoint import init_weights, load_state, read_checkpoint
+from models.checkpoint import init_weights, load_state, read_checkpoint, summary
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.replay import WARM_STEPS, Replay
 from models.sit import SiT, SiT_models, conditions
@@ -198,9 +198,8 @@ class Trainer:
         self._check_alignment()
         if args.init and not self.folder.checkpoints:
             skipped = init_weights(self.network, args.init)
-            accelerator.print(
-                f"--init {args.init}: {len(skipped)} tensors differ and were skipped", *skipped, sep="\n  "
-            )
+            told = f"--init {args.init}: {len(skipped)} tensors differ and were skipped"
+            accelerator.print(told, *summary(skipped), sep="\n  ")
         self.network.checkpoint_activations = args.checkpoint_activations
         self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay, args.warmup)
         self.ema, self.optimizer = self.update.average, self.update.optimizer
