@@ -151,7 +151,7 @@ class Search:
         found = self._find(moved.nonzero().squeeze(1), (~moved).nonzero().squeeze(1), lost)
         label, cosine = self._decide(found)
         away = (label != self.label).nonzero().squeeze(1)
-        self.others[away] = torch.maximum(self.others[away], self.cosine[away].float() + 2.0**-20)
+        self.others[away] = torch.maximum(self.others[away], self.cosine[away].float() + 2.0**-20)  # rounded up
         for part in found:
             bound = torch.where(part.only == label[part.rows], part.bound_others, part.bound)
             self.others[part.rows] = torch.maximum(self.others[part.rows], bound)

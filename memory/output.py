@@ -117,6 +117,7 @@ class Output:
             self.writing.result()
 
     def _write(self, images: np.ndarray, pixels: np.ndarray) -> None:
+        """Write a batch, and only then the marks that say so; runs in a thread."""
         if self.png:
             list(self.threads.map(self._write_png, images, pixels))
         if self.npz:

@@ -244,7 +244,7 @@ def latents_from_moments(moments: Tensor, codec_meta: dict, noise: Tensor | None
 
 def to_uint8(images: Tensor, mode: str = "round") -> Tensor:
     """Images in [−1, 1] to uint8 of the same shape: 255·(x + 1)/2 clamped to [0, 255], then by `mode` "round" (SiT) or
-    "truncate" (GMem and REPA, half a grey level darker on average)."""
+    "truncate" (GMem and REPA, half a grey level darker on average); ValueError for another mode."""
     if mode not in ("round", "truncate"):
         raise ValueError(f"--uint8 is {mode!r}, expected round or truncate")
     levels = (127.5 * (images.float() + 1)).clamp(0, 255)

@@ -223,7 +223,8 @@ class SiT(nn.Module):
         qk_norm: LayerNorm on queries and keys; not in the published networks.
 
     Raises:
-        ValueError: an unknown condition, a latent that patches do not tile, or heads beyond the last block.
+        ValueError: an unknown condition, a latent that patches do not tile, heads beyond the last block, or a dropout
+            outside [0, 1).
     """
 
     def __init__(
@@ -359,7 +360,7 @@ class SiT(nn.Module):
         return self.velocity(x, c, return_tokens)
 
     def velocity(self, x: Tensor, c: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """`forward` from c (B, D) on, the embedding of time and condition; the latter lasts a whole trajectory."""
+        """`forward` from c (B, D) on, the sum of both embeddings: samplers embed a condition once for all steps."""
         tokens = []
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         run = checkpointed if self.checkpoint_activations else nn.Module.__call__
