@@ -16,9 +16,9 @@ from evaluations import evaluator
 from memory.bank import MemoryBank
 from models.encoder import load_encoder
 from scripts import encode_dataset, make_assets, miniature, miniature_data, miniature_run
-from scripts.miniature_data import ARMS, DATA, DRAWS, ENCODER, METRIC
+from scripts.miniature_data import ARMS, DATA, DRAWS, ENCODER, METRIC, SAMPLERS
 
-HELD_OUT_DRAW = {"snippets-held-out": DRAWS["snippets-held-out"]}
+WAYS = {"euler-50": SAMPLERS["euler-50"], "snippets-held-out": DRAWS["snippets-held-out"]}
 TOY = ["--model", "SiT-S/8", "--batch-size", "8", "--steps", "2", "--num-images", "16"]
 
 
@@ -75,7 +75,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
     searched[0].write_text(json.dumps(logs[0]))
 
     monkeypatch.setattr(miniature_run, "CURVE", (1,))
-    monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=HELD_OUT_DRAW))
+    monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=WAYS))
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
     printed = capsys.readouterr().out
@@ -88,7 +88,9 @@ def test_search_then_runs(places, monkeypatch, capsys):
         assert point.keys() >= {"seconds", "train_loss", "holdout_loss"}
         for reference in ("held_out", "training"):
             assert point[reference].keys() == {"fd", "precision", "recall", "kd"}
-    assert found["variants"].keys() == {"snippets-held-out"}
+    assert found["variants"].keys() == WAYS.keys()
+    usual = found["commands"]["sample"].replace("/nearest-10-3/2 ", "/nearest-10-3/euler-50 ")
+    assert found["variants"]["euler-50"]["command"] == usual
     assert found["copies"].keys() == {"latent", METRIC}
     assert "--snippet-from nearest" in found["commands"]["train"]
     assert re.search(
