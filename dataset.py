@@ -52,6 +52,12 @@ def layout(meta: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {file: (tuple(shape), np.dtype(dtype)) for file, (shape, dtype) in arrays.items()}
 
 
+def holdout_path(store: str | os.PathLike) -> Path:
+    """Where the held-out images of a store lie, if it has any: in NAME-holdout beside it."""
+    path = Path(store).resolve()
+    return path.with_name(f"{path.name}-holdout")
+
+
 def read_meta(store: str | os.PathLike) -> dict:
     """The meta.json of a complete store; ValueError if the store is missing, unfinished or of a newer format."""
     path = Path(store)

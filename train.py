@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import StepSampler, rows_of_step
+from dataset import StepSampler, holdout_path, rows_of_step
 from loss import Draws, FlowMatchingLoss, draw, interpolants, seed_of, time_distributions
 from memory.claim import claimed
 from memory.command import Help, execute
@@ -130,9 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.precision = args.precision or default_precision()
     if args.compile is None:
         args.compile = compile_by_default()
-    store = Path(args.store).resolve()
-    beside = store.with_name(f"{store.name}-holdout")
-    if args.holdout is None and beside.exists():
+    if args.holdout is None and (beside := holdout_path(args.store)).exists():
         args.holdout = str(beside)
     return args
 

@@ -30,7 +30,7 @@ from accelerate import PartialState
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid, save_image
 
-from dataset import NAMES, LatentDataset
+from dataset import NAMES, LatentDataset, holdout_path
 from evaluations.features import gathered, shares
 from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, LatentSpace, Space, nearest
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_holdout(store: Path, encoder: str | None) -> LatentDataset:
     """The held-out store beside a store; ValueError if there is none."""
-    beside = store.resolve().with_name(f"{store.resolve().name}-holdout")
+    beside = holdout_path(store)
     if not beside.is_dir():
         raise ValueError(
             f"--store {store}: no held-out images in {beside}, without which no distance is small or large; "

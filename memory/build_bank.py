@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from dataset import LatentDataset, read_meta
+from dataset import LatentDataset, holdout_path, read_meta
 from memory.bank import MemoryBank
 from memory.claim import claimed
 from memory.command import Help, execute
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
 
     args.encoder = args.encoder or only_encoder(args.store)
-    store, beside = LatentDataset(args.store, args.encoder), args.store.with_name(f"{args.store.name}-holdout")
+    store, beside = LatentDataset(args.store, args.encoder), holdout_path(args.store)
     holdout = LatentDataset(beside, args.encoder) if beside.is_dir() else None
     settings = settings_of(args, store)
     [done] = broadcast_object_list([is_complete(args.out, settings) if state.is_main_process else None])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import META, LatentDataset, layout
+from dataset import META, LatentDataset, holdout_path, layout
 from memory.claim import claimed
 from memory.command import execute
 from memory.files import atomic, write_json
@@ -60,8 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Derive the features of both parts, write them, then name them in meta.json."""
     args = parse(argv)
-    training = LatentDataset(args.store, args.encoder)
-    beside = args.store.with_name(f"{args.store.name}-holdout")
+    training, beside = LatentDataset(args.store, args.encoder), holdout_path(args.store)
     parts = [training, *([LatentDataset(beside, args.encoder)] if beside.is_dir() else [])]
     dim = training.features.shape[2]
     made = {"name": args.rule, "dim": dim, "derived_from": training.meta["encoders"][args.encoder], "seed": args.seed}

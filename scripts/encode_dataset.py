@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import FORMAT, LABELS, NAMES, PROGRESS, layout, read_meta
+from dataset import FORMAT, LABELS, NAMES, PROGRESS, holdout_path, layout, read_meta
 from memory.claim import claimed
 from memory.command import execute
 from memory.provenance import provenance
@@ -213,11 +213,6 @@ def jobs_to_add(args: argparse.Namespace, source: Source, encoder: Encoder) -> l
             names = (path / NAMES).read_bytes().decode(errors="surrogateescape").rstrip("\n").split("\n")
             jobs.append(Job(path, np.array([number[name] for name in names]), wanted, files, extends=True))
     return jobs
-
-
-def holdout_path(out: Path) -> Path:
-    """Where the held-out images of a store lie."""
-    return out.with_name(f"{out.name}-holdout")
 
 
 def name_fraction(name: str) -> float:

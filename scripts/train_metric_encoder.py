@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import LatentDataset, rows_of_step
+from dataset import LatentDataset, holdout_path, rows_of_step
 from memory.command import execute
 from memory.files import atomic, check_folder, write_json
 from memory.provenance import provenance
@@ -148,8 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check, train, write, and say what the features know."""
     args, began = parse(argv), time.perf_counter()
     check_folder("--out", args.out.parent)
-    store = LatentDataset(args.store, images=True)
-    beside = args.store.resolve().with_name(f"{args.store.resolve().name}-holdout")
+    store, beside = LatentDataset(args.store, images=True), holdout_path(args.store)
     holdout = LatentDataset(beside, images=True) if beside.is_dir() else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import dataset
-from dataset import LatentDataset, StepSampler, layout, rows_of_step, stage, views_of_step
+from dataset import LatentDataset, StepSampler, holdout_path, layout, rows_of_step, stage, views_of_step
 
 N, SIZE = 12, 6
 
@@ -219,6 +219,14 @@ def test_stage_copies_once_and_notices_changes(store, tmp_path, capsys):
     write_store(store, fingerprint="b" * 64)
     with pytest.raises(ValueError, match="holds another store"):
         stage(store, fast)
+
+
+def test_held_out_images_lie_beside_the_store_and_not_beside_a_link_to_it(tmp_path, monkeypatch):
+    (tmp_path / "disk/big").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/big")
+    monkeypatch.chdir(tmp_path / "disk/big")
+    for store in (tmp_path / "link", "../../link", "."):
+        assert holdout_path(store) == tmp_path / "disk/big-holdout"
 
 
 def test_stage_checks_the_disk_first_and_leaves_no_meta_behind(store, tmp_path, monkeypatch):
