@@ -182,9 +182,7 @@ class Generator:
         if "label" not in self.kinds and self.args.labels != "random":
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --labels {self.args.labels}")
-        if labels is None:
-            return
-        if labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes:
+        if labels is not None and (labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes):
             raise ValueError(f"--labels {self.args.labels}: expected whole numbers from 0 to {classes - 1}")
 
     def _load_guide(self) -> tuple[SiT | None, str | None]:
@@ -205,8 +203,8 @@ class Generator:
         facts += [("condition", kind, model.condition) for kind in kinds if kind not in self.kinds]
         if "snippet" in kinds:
             facts += [("encoder", config["encoder"], self.config["encoder"])]
-        for option in [{"snippet": "snippet_dim", "label": "num_classes"}[kind] for kind in kinds]:
-            facts += [(option, guide.config[option], model.config[option])]
+        options = [{"snippet": "snippet_dim", "label": "num_classes"}[kind] for kind in kinds]
+        facts += [(option, guide.config[option], model.config[option]) for option in options]
         for name, its, ours in facts:
             if its != ours:
                 raise ValueError(f"--guide {path}: its {name} is {its}, the checkpoint's {ours}; choose another guide")
