@@ -36,7 +36,7 @@ python -m memory.build_bank --store "$store" --encoder $encoder --out "$bank" --
 step "train SiT-Ti/2 on latents and snippets"
 python train.py --store "$store" --bank "$bank" --out "$run" --model SiT-Ti/2 --model-options snippet_scale=6 \
     --steps "$steps" --batch-size 64 --lr 1e-3 --ema-decay 0.995 \
-    --log-every 50 --save-every 450 --eval-every 450 --sample-every 0 --workers 0
+    --log-every 50 --save-every 450 --eval-every 450 --sample-every 0
 
 for sampler in sde euler; do
     step "sample with $sampler"
