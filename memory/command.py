@@ -1,6 +1,7 @@
 """How a command explains itself and how it ends: one line for what its user can mend, a traceback for our mistakes."""
 
 import argparse
+import ctypes
 import dis
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
 RAISE = dis.opmap["RAISE_VARARGS"]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+KEPT = 2**31 - 1  # bytes at the end of the heap, the most that mallopt takes
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
 
 
@@ -29,6 +32,7 @@ def execute(main: Callable[[], object]) -> None:
     Under torchrun all processes usually meet the same error: the first one prints it and the launcher ends the others
     while they wait. An error of one of them alone names that process. The launcher's own report repeats the line.
     """
+    keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:
@@ -44,6 +48,19 @@ def execute(main: Callable[[], object]) -> None:
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
         sys.exit(REFUSED)
+
+
+def keep_freed_memory() -> None:
+    """Without a GPU, have glibc keep the memory of freed tensors for the next ones.
+
+    By default large blocks lie outside the heap and go back to the system, which clears all their pages anew when the
+    next tensor asks for them: two thirds of the time that encoding images took on two cores of a virtual machine.
+    """
+    torch = sys.modules.get("torch")  # which not every command needs
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if torch and not torch.cuda.is_available() and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def named(error: BaseException) -> bool:

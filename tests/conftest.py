@@ -9,9 +9,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from memory.command import keep_freed_memory  # noqa: E402
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start; tensors here are small
 torch.set_num_threads(1)
+keep_freed_memory()
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 has_gpu = torch.cuda.is_available

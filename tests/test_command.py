@@ -127,6 +127,23 @@ def test_success_returns():
     assert command.execute(lambda: None) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that is told")
+def test_freed_memory_serves_the_next_tensor(root):
+    """Page faults of sums of tensors of 64 MB, made again and again: 32,768 each if all pages are new."""
+    program = """
+import resource, torch
+from memory.command import execute
+def faults_after(times):
+    for _ in range(times):
+        torch.ones(2**24) + torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+execute(lambda: print(faults_after(10), faults_after(10)))  # small blocks may break up the large ones at first
+"""
+    given = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    first, second = map(int, given.stdout.split())
+    assert second - first < 32_768
+
+
 def test_every_command_ends_this_way(root):
     sources = [path for folder in (".", "scripts", "memory", "evaluations") for path in (root / folder).glob("*.py")]
     commands = {path.name: path.read_text() for path in sources if "__main__" in path.read_text()}
