@@ -41,7 +41,7 @@ from models.checkpoint import WEIGHTS, load_model
 from models.inference import round_weights
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.replay import Replay
-from models.sit import SiT
+from models.sit import SiT, conditions
 from samplers import (
     LABEL_DRAW,
     LAST_STEP,
@@ -140,7 +140,7 @@ class Generator:
             )
         bank = False if vectors else args.bank
         self.model, self.config, self.bank = load_model(args.checkpoint, args.weights, device, bank)
-        self.kinds = self.model.condition.split("+")
+        self.kinds = self.model.reads
         self._check_snippets()
         self._check_labels()
         self.interpolant = self.config["args"]["interpolant"]
@@ -188,7 +188,7 @@ class Generator:
     def _load_guide(self) -> tuple[SiT | None, str | None]:
         """The network that predicts the weaker velocity and its hash: this one given the null, or another."""
         path, model = self.args.guide, self.model
-        null = model.null_dropout > 0 or (self.kinds == ["label"] and model.config["label_dropout"] > 0)
+        null = model.null_dropout > 0 or (self.kinds == ("label",) and model.config["label_dropout"] > 0)
         if path == "null" and not null:
             raise ValueError(
                 f"--guide null: the checkpoint's condition {model.condition!r} was trained without a null; train with "
@@ -197,7 +197,7 @@ class Generator:
         if path in (None, "null"):
             return (model if path else None), None
         guide, config, _ = load_model(path, self.args.weights, self.device, bank=False)
-        kinds = [kind for kind in guide.condition.split("+") if kind != "none"]
+        kinds = guide.reads
         facts = [("latent shape", guide.latent_shape, model.latent_shape)]
         facts += [("interpolant", config["args"]["interpolant"], self.interpolant)]
         facts += [("condition", kind, model.condition) for kind in kinds if kind not in self.kinds]
@@ -246,9 +246,9 @@ class Generator:
             "image_shape": self.image_shape,
         }
 
-    def conditions(self, images: Tensor, z: Tensor) -> dict[str, object]:
-        """What a network of each kind of condition gets, for images (B,) that start from noise z (B, C, H, W)."""
-        args, given = self.args, {"none": None}
+    def conditions(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """What is read of "label" (B,) and "snippet" (B, F), for images (B,) that start from noise z (B, C, H, W)."""
+        args, given = self.args, {}
         if "label" in self.kinds:
             if self.labels is None:
                 labels = label_rules[args.labels](args.seed, images, self.model.config["num_classes"])  # (B,)
@@ -262,8 +262,6 @@ class Generator:
             else:
                 chosen = self.entries[images % len(self.entries)]  # (B,) or (B, F)
             given["snippet"] = (self.bank[chosen] if chosen.ndim == 1 else chosen).to(self.device)  # (B, F)
-        if len(self.kinds) == 2:
-            given["label+snippet"] = (given["label"], given["snippet"])
         return given
 
     def _velocity(self, network: SiT, cond: object, batch_size: int) -> Velocity:
@@ -289,9 +287,9 @@ class Generator:
             options |= {"last_step": args.last_step, "interpolant": interpolants[self.interpolant]}
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         with bf16, fast_attention(self.device):
-            velocity = self._velocity(self.model, given[self.model.condition], len(images))
+            velocity = self._velocity(self.model, conditions[self.model.condition].cond(given), len(images))
             if self.guide:
-                cond = None if args.guide == "null" else given[self.guide.condition]
+                cond = None if args.guide == "null" else conditions[self.guide.condition].cond(given)
                 weaker = self._velocity(self.guide, cond, len(images))
                 velocity = guided(velocity, weaker, args.guidance_scale, args.guidance_interval, args.guidance_channels)
             return samplers[args.sampler](velocity, z, steps, **options).float()

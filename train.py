@@ -119,9 +119,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("align_encoder", "align_encoder_weights"):
         if (value := getattr(args, name)) and args.align_coeff == 0:
             parser.error(f"--{name.replace('_', '-')} {value} is not read without --align-coeff (REPA: 0.5)")
-    if "snippet" in args.condition and args.snippet_from == "nearest" and not args.bank:
+    with_snippets = "snippet" in conditions[args.condition].reads
+    if with_snippets and args.snippet_from == "nearest" and not args.bank:
         parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
-    if "snippet" not in args.condition and args.bank:
+    if args.bank and not with_snippets:
         parser.error(f"--condition {args.condition} does not read --bank {args.bank}: leave it out")
     try:
         model_options(args.model_options)

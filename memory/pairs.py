@@ -19,6 +19,7 @@ from memory.kmeans import refuse, undirected
 from memory.resident import ResidentDataset
 from models.autoencoder import check_codec, latents_from_moments
 from models.encoder import load_encoder
+from models.sit import conditions
 
 
 class Pairs:
@@ -30,7 +31,8 @@ class Pairs:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.with_labels, self.with_snippets = "label" in args.condition, "snippet" in args.condition
+        self.condition = conditions[args.condition]
+        self.with_labels, self.with_snippets = (kind in self.condition.reads for kind in ("label", "snippet"))
         self.bank = MemoryBank.load(args.bank) if args.bank else None
         self.encoder = self._snippet_encoder() if self.with_snippets else None
         self.meta = read_meta(args.store)
@@ -146,12 +148,13 @@ class Pairs:
 
     def cond(self, batch: dict) -> object:
         """What the network's embedder takes."""
-        labels = self._here(batch["label"]) if self.with_labels else None  # (B,)
-        if not self.with_snippets:
-            return labels
-        snippets = self.bank[batch["index"]] if "index" in batch else batch["feature"]  # (B, F), of unit norm or not
-        snippets = self._here(snippets).float()
-        return (labels, snippets) if self.with_labels else snippets
+        given = {}
+        if self.with_labels:
+            given["label"] = self._here(batch["label"])  # (B,)
+        if self.with_snippets:
+            found = self.bank[batch["index"]] if "index" in batch else batch["feature"]  # (B, F), of unit norm or not
+            given["snippet"] = self._here(found).float()
+        return self.condition.cond(given)
 
     def align_targets(self, batch: dict) -> list[Tensor]:
         """One (B, T, F) of frozen patch tokens for each alignment head."""

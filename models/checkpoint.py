@@ -248,6 +248,6 @@ def load_model(
     checkpoint["model_config"] = model.config
     checkpoint["checkpoint"] = {"path": str(path), "sha256": sha256(path), "weights": weights}
     config = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "opt", "memory")}
-    takes_snippets = "snippet" in model.condition
+    takes_snippets = "snippet" in model.reads
     loaded = load_bank(checkpoint, bank) if takes_snippets and bank is not False else None
     return model.to(device).eval(), config, loaded

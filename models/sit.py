@@ -88,7 +88,19 @@ class Condition(nn.Module):
 
     It is built as `cls(width, options)`, with SiT's arguments as options. Its direct children become direct children of
     the network, because that is where published weights have them.
+
+    Attributes:
+        reads: what of an image `cond` holds, for training and sampling to supply: "label", (B,) long, and "snippet",
+            (B, F) float, or one of them. Two are a pair in this order; without any `cond` is None.
     """
+
+    reads: tuple[str, ...] = ()
+
+    @classmethod
+    def cond(cls, given: dict[str, Tensor]) -> object:
+        """`cond`, from what is known of images: "label" (B,), "snippet" (B, F)."""
+        found = tuple(given[kind] for kind in cls.reads)
+        return found if len(found) > 1 else found[0] if found else None
 
     def forward(self, cond: object, uniforms: Tensor) -> Tensor:
         """The embedding (B, D) of `cond`; the uniform numbers (B,) decide random drops."""
@@ -118,6 +130,8 @@ class NoCondition(Condition):
 class LabelCondition(Condition):
     """A class label, `cond` (B,) long."""
 
+    reads = ("label",)
+
     def __init__(self, width: int, options: dict):
         super().__init__()
         drop, scale = options["label_dropout"], options["label_scale"]
@@ -132,6 +146,8 @@ class LabelCondition(Condition):
 
 class SnippetCondition(Condition):
     """A snippet of the memory bank, `cond` (B, F) float: GMem's condition."""
+
+    reads = ("snippet",)
 
     def __init__(self, width: int, options: dict):
         super().__init__()
@@ -149,6 +165,8 @@ class SnippetCondition(Condition):
 
 class LabelSnippetCondition(Condition):
     """A label and a snippet, `cond` a pair (labels (B,), snippets (B, F)); their embeddings are added."""
+
+    reads = ("label", "snippet")
 
     def __init__(self, width: int, options: dict):
         super().__init__()
@@ -315,6 +333,11 @@ class SiT(nn.Module):
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the condition reads of an image, "label" and "snippet" or one of them."""
+        return conditions[self.condition].reads
 
     def embed_condition(self, cond: object, batch_size: int, uniforms: Tensor | None) -> Tensor:
         """The condition's embedding (B, D), after the drops of a training step.

@@ -332,7 +332,7 @@ def test_label_choices(folder):
     counts = torch.bincount(drawn)
     assert len(counts) == CLASSES
     assert (counts - 600).abs().max() < 4 * (3000 * 0.2 * 0.8) ** 0.5
-    labels, snippets = generator(folder, checkpoint="label+snippet.pt").conditions(images[:4], z[:4])["label+snippet"]
+    labels, snippets = generator(folder, checkpoint="label+snippet.pt").conditions(images[:4], z[:4]).values()
     assert torch.equal(labels, drawn[:4])
     assert snippets.shape == (4, DIM)
 
@@ -340,7 +340,7 @@ def test_label_choices(folder):
 def test_labels_from_a_file(folder, tmp_path):
     np.save(tmp_path / "labels.npy", np.array([4, 0, 2]))
     made = generator(folder, "--labels", tmp_path / "labels.npy", checkpoint="label+snippet.pt")
-    labels, _ = made.conditions(torch.arange(5), torch.zeros(5, 1, SIZE, SIZE))["label+snippet"]
+    labels = made.conditions(torch.arange(5), torch.zeros(5, 1, SIZE, SIZE))["label"]
     assert labels.tolist() == [4, 0, 2, 4, 0]
     assert len(made.settings["labels"]) == 64  # the file's hash
     (tmp_path / "labels.txt").write_text(f"0 {CLASSES}")

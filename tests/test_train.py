@@ -17,13 +17,14 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+import sample_ddp
 import train
 from benchmarks import chaos
 from dataset import LatentDataset, rows_of_step, views_of_step
 from loss import Draws
 from memory import pairs, resident
 from memory.bank import MemoryBank
-from memory.files import write_json
+from memory.files import read_json, write_json
 from memory.resident import ResidentDataset
 from memory.run_folder import RunFolder
 from models import replay, sit
@@ -137,6 +138,23 @@ def whole(folder):
     """A run of six steps without interruption."""
     train.main(command(folder, folder / "whole", "--steps", 6))
     return folder / "whole"
+
+
+def test_a_condition_of_ones_own_trains_and_samples(tmp_path, monkeypatch):
+    """By a class alone, whatever its name: what it reads says what it is given, in training and in sampling."""
+
+    class Quiet(sit.LabelSnippetCondition):
+        def forward(self, cond, uniforms):
+            labels, snippets = cond
+            assert (labels.dtype, labels.shape, snippets.shape[1]) == (torch.long, snippets.shape[:1], DIM)
+            return 0.5 * super().forward(cond, uniforms)
+
+    monkeypatch.setitem(sit.conditions, "quiet", Quiet)
+    write_bank(tmp_path / "bank", write_store(tmp_path / "store", pixels=True))
+    train.main(command(tmp_path, tmp_path / "run", "--steps", 1, "--condition", "quiet", "--eval-every", 0))
+    words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "samples", "--num-images", 4, "--steps", 2]
+    sample_ddp.main([*map(str, words), "--labels", "balanced", "--snippets", "random", "--format", "npz"])
+    assert read_json(tmp_path / "samples" / "samples.json")["settings"]["condition"] == "quiet"
 
 
 def test_six_steps_equal_three_and_three(folder, whole):
