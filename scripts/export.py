@@ -118,7 +118,7 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     options = ", ".join(f"{key} {value}" for key, value in model.config.items() if key != "model")
     codec = config["codec"]
-    held = "none in this folder; sampling needs --bank" if "snippet" in model.condition else "none needed"
+    held = "none in this folder; sampling needs --bank" if "snippet" in model.reads else "none needed"
     if bank:
         held = (
             f"{len(bank):,} snippets of {bank.dim} numbers, drawn by frequencies that sum to {int(bank.freq.sum()):,}"
