@@ -44,7 +44,7 @@ from evaluations.inception import read_weights
 from evaluations.reference import Reference, load_summary
 from evaluations.samples import Samples
 from memory.bank import MemoryBank
-from memory.command import named
+from memory.command import named, return_freed_memory
 from memory.files import sha256, write_json
 from memory.output import Output
 from memory.provenance import provenance
@@ -496,6 +496,7 @@ def run(cases: list[tuple[str, int]], seeds: Path) -> dict[tuple[str, int], str]
     problems, left = {}, list(cases)
     while left:
         reader, writer = os.pipe()
+        return_freed_memory()  # which would serve a case uncounted
         pid = os.fork()
         if pid == 0:
             os.close(reader)

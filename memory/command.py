@@ -63,6 +63,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
+def return_freed_memory() -> None:
+    """Have glibc give what `keep_freed_memory` has kept so far back to the system."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def named(error: BaseException) -> bool:
     """Whether an error speaks to the user: the system's, of files and disks, or one that a `raise` of ours makes.
 
