@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Your own images on one GPU of 24 GB: encode, bank, train, sample, and a page of metrics with the copy audit.
 #   bash scripts/own-photos.sh FOLDER [flags of train.py]          the same command again continues
-# FOLDER has a few thousand images or more at any depth, or is a zip. 5% are held out; the bank has a tenth as many
-# snippets as there are images, so that it cannot remember single ones.
+# FOLDER has a few thousand images or more at any depth, or is a zip; what cannot be read is named and left out. 5% are
+# held out; the bank has a tenth as many snippets as there are images, so that it cannot remember single ones.
 #   OUT=photos                    where everything goes
 #   INIT=weights/….pth            start from GMem's weights or others; the network is then theirs (default: from scratch)
 #   STEPS=30000 BATCH=128 MICRO_BATCH=64 MODEL=SiT-B/2 SIZE=256 HOLDOUT=0.05
@@ -56,7 +56,7 @@ echo "training: $steps steps of $batch images, $((tenths / 10)).$((tenths % 10))
 python "${train[@]}" --dry-run 2>/dev/null | grep -E '^(memory|disk)' || true # no store yet: for 256 pixels
 
 launch -m scripts.encode_dataset "$photos" --out "$store" --codec "${CODEC:-sd-vae-ft-mse}" --image-size "${SIZE:-256}" \
-    --views "${VIEWS:-2}" --holdout "${HOLDOUT:-0.05}" --keep-images --upright --batch-size 16 \
+    --views "${VIEWS:-2}" --holdout "${HOLDOUT:-0.05}" --keep-images --upright --skip-broken --batch-size 16 \
     --encoder "$encoder" ${ENCODER_WEIGHTS:+--encoder-weights "$ENCODER_WEIGHTS"}
 launch -m scripts.encode_dataset "$photos" --out "$store" --add "$audit" --batch-size 16
 rows() { [ ! -f "$1/files.txt" ] || wc -l <"$1/files.txt"; }

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from memory.files import reading
 from scripts.images import read_image
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef")  # photos in formats that PIL does not read
 IDX_IMAGES, IDX_LABELS = 0x00000803, 0x00000801  # magic numbers: unsigned bytes in three dimensions and in one
 LABELS_FILE = "dataset.json"  # of the StyleGAN and EDM tools
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")  # no member can be read alone
@@ -132,13 +133,13 @@ def folder_source(path: Path) -> FolderSource:
 
 
 def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Relative name and size in bytes of every image file below a folder, hidden ones left out."""
+    """Relative name and size in bytes of every image file below a folder, also of an unread kind; no hidden ones."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             yield from walk(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif entry.name.lower().endswith(SUFFIXES + UNREAD):
             yield prefix + entry.name, entry.stat().st_size
 
 
@@ -153,8 +154,8 @@ def zip_source(path: Path) -> ZipSource:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file in an archive is an image by its suffix, and not hidden."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+    """Whether a file in an archive is an image by its suffix, also of an unread kind, and not hidden."""
+    return name.lower().endswith(SUFFIXES + UNREAD) and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
@@ -229,8 +230,10 @@ def open_zip(path: Path, process: int) -> zipfile.ZipFile:
 
 def described(path: Path, sizes: dict[str, int], labels_text: str | None) -> dict:
     """Names in order, labels and hash of image files; labels come from dataset.json where there is one, else from the
-    folders below the deepest one that all images share."""
-    names = sorted(sizes)
+    folders below the deepest one that all images share. Prints a note of photos in formats that cannot be read."""
+    names = sorted(name for name in sizes if name.lower().endswith(SUFFIXES))
+    if unread := sorted(sizes.keys() - names):
+        print(f"note: {len(unread):,} photos in formats that cannot be read are left out, such as {unread[0]}")
     if not names:
         raise ValueError(f"source {path} holds no images: expected files ending in {', '.join(SUFFIXES)}")
     if any("\n" in name for name in names):
@@ -238,7 +241,7 @@ def described(path: Path, sizes: dict[str, int], labels_text: str | None) -> dic
     if labels_text is not None:
         labels, class_names = listed_labels(path, names, labels_text), None
     else:
-        labels, class_names = folder_labels(path, names)
+        labels, class_names = folder_labels(names)
     listing = [f"{name}\t{sizes[name]}" for name in names]
     return {
         "names": names,
@@ -266,8 +269,9 @@ def listed_labels(path: Path, names: list[str], text: str) -> np.ndarray | None:
     return np.array([classes[name] for name in names], np.int64)
 
 
-def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels (N,) by the sorted names of the class folders, and those names; None for images in one flat folder."""
+def folder_labels(names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (N,) by the sorted names of the class folders, and those names; None for images in one flat folder, and,
+    with a note, where some lie beside the folders."""
     folders = [name.split("/")[:-1] for name in names]
     ends = zip(min(folders), max(folders), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))  # leading folders of all images
@@ -275,10 +279,8 @@ def folder_labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, list
     if not any(classes):
         return None, None
     if not all(classes):
-        raise ValueError(
-            f"source {path} has images beside class folders, such as {names[classes.index(None)]}: "
-            "move them into a class folder or away"
-        )
+        print(f"note: images lie beside the folders, such as {names[classes.index(None)]}: folders give no labels here")
+        return None, None
     class_names = sorted(set(classes))
     number = {name: i for i, name in enumerate(class_names)}
     return np.array([number[name] for name in classes], np.int64), class_names

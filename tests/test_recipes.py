@@ -451,6 +451,7 @@ def photos(tmp_path_factory, root):
         path = folder / "photos of clothes" / f"{source.labels[i]}" / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         source.image(i).save(path)
+    (folder / "photos of clothes" / "9" / "broken.png").write_bytes(b"")
     make_encoder(folder / "encoder.safetensors", "test_vit")
     return folder
 
@@ -466,7 +467,8 @@ def test_own_photos(root, photos, site, environment):
     parts = [
         "0.0 hours at 200 images/s",
         "memory a process",
-        "60 images, 10 classes",
+        "61 images, 10 classes",
+        "cannot read 9/broken.png",
         "--init",
         "near copies",
         "look at",

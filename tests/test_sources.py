@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -360,9 +361,32 @@ def test_labels_of_dataset_json(folder, tmp_path):
 
 def test_a_flat_folder_has_no_labels(folder):
     assert open_source(folder / "cat").labels is None
+
+
+def test_images_beside_folders_are_taken_without_labels(folder, capsys):
+    """As people keep their photos."""
     (folder / "cat/1.PNG").rename(folder / "1.PNG")
-    with pytest.raises(ValueError, match=r"images beside class folders, such as 1\.PNG"):
-        open_source(folder)
+    source = open_source(folder)
+    assert len(source.names) == 12
+    assert source.labels is None
+    assert capsys.readouterr().out == (
+        "note: images lie beside the folders, such as 1.PNG: folders give no labels here\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_photos_of_unread_formats_are_counted_and_left_out(folder, tmp_path, capsys, kind):
+    expected = open_source(folder)
+    assert capsys.readouterr().out == ""
+    for name in ("IMG_2.HEIC", "IMG_1.heic", ".hidden.heic", "notes.txt"):
+        (folder / "cat" / name).write_bytes(b"x")
+    path = folder if kind == "folder" else shutil.make_archive(tmp_path / "a", kind, folder)
+    source = open_source(path)
+    assert source.names == expected.names
+    assert np.array_equal(source.labels, expected.labels)
+    assert all(np.array_equal(source.image(i), expected.image(i)) for i in (0, 5))
+    said = capsys.readouterr().out
+    assert said == "note: 2 photos in formats that cannot be read are left out, such as cat/IMG_1.heic\n"
 
 
 def write_idx(path, array):
