@@ -8,6 +8,7 @@ Shapes: B batch, C×H×W latent, T = (H/p)·(W/p) tokens, D width, F snippet dim
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -18,6 +19,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ALIGN_HIDDEN = 2048  # hidden width of an alignment head
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a network is besides its preset, by default as published. Dropouts are probabilities, of training alone."""
+
+    input_size: int = 32  # height and width of the latent; a multiple of the patch size
+    in_channels: int = 4  # C, of the latent and of the velocity
+    condition: str = "snippet"  # a key of `conditions`
+    snippet_dim: int = 768  # F
+    snippet_dropout: float = 0.2  # of entries
+    snippet_dropout_at: str = "embedding"  # of the projected snippet; "snippet": of itself, as in the second release
+    snippet_scale: float = 1.0  # factor on the unit-norm snippet
+    null_dropout: float = 0.0  # that a learned null embedding replaces the condition; 0 builds none
+    num_classes: int = 1000  # label `num_classes` is the null label
+    label_dropout: float = 0.1  # that a label becomes the null label
+    label_scale: float = 1.0  # factor on the label's embedding
+    align_dims: Sequence[int] = ()  # an alignment head for each, an MLP to that many features
+    align_depth: int = 8  # the block whose tokens they take, from 1
+    qk_norm: bool = False  # LayerNorm on queries and keys; not in the published networks
 
 
 class TimestepEmbedder(nn.Module):
@@ -51,30 +72,27 @@ class LabelEmbedder(nn.Module):
     While training, a label whose uniform number lies below `label_dropout` becomes the null label.
     """
 
-    def __init__(self, width: int, num_classes: int, label_dropout: float, scale: float):
+    def __init__(self, width: int, options: Options):
         super().__init__()
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
-        self.scale = scale
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.num_classes, self.dropout, self.scale = options.num_classes, options.label_dropout, options.label_scale
+        self.embedding_table = nn.Embedding(self.num_classes + 1, width)
 
     def forward(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         if self.training:
-            labels = torch.where(uniforms < self.label_dropout, self.num_classes, labels)
+            labels = torch.where(uniforms < self.dropout, self.num_classes, labels)
         return self.scale * self.embedding_table(labels)  # (B, D)
 
 
 class SnippetProjection(nn.Module):
     """Snippets (B, F) → (B, D): unit norm × scale, then a linear map; dropout after it (as published) or before."""
 
-    def __init__(self, width: int, snippet_dim: int, dropout: float, dropout_at: str, scale: float):
+    def __init__(self, width: int, options: Options):
         super().__init__()
-        if dropout_at not in ("embedding", "snippet"):
-            raise ValueError(f"snippet_dropout_at={dropout_at!r}: expected 'embedding' or 'snippet'")
-        self.scale = scale
-        self.linear = nn.Linear(snippet_dim, width)
-        self.dropout = nn.Dropout(dropout)
-        self.dropout_at = dropout_at
+        self.scale, self.dropout_at = options.snippet_scale, options.snippet_dropout_at
+        if self.dropout_at not in ("embedding", "snippet"):
+            raise ValueError(f"snippet_dropout_at={self.dropout_at!r}: expected 'embedding' or 'snippet'")
+        self.linear = nn.Linear(options.snippet_dim, width)
+        self.dropout = nn.Dropout(options.snippet_dropout)
 
     def forward(self, snippets: Tensor) -> Tensor:
         snippets = F.normalize(snippets.float(), dim=-1) * self.scale  # (B, F)
@@ -86,7 +104,7 @@ class SnippetProjection(nn.Module):
 class Condition(nn.Module):
     """Base of the ways to condition: a module that embeds `cond`, to be added to the time embedding.
 
-    It is built as `cls(width, options)`, with SiT's arguments as options. Its direct children become direct children of
+    It is built as `cls(width, options)`, with the network's `Options`. Its direct children become direct children of
     the network, because that is where published weights have them.
 
     Attributes:
@@ -116,7 +134,7 @@ class Condition(nn.Module):
 class NoCondition(Condition):
     """Unconditional: only the time is embedded."""
 
-    def __init__(self, width: int, options: dict):
+    def __init__(self, width: int, options: Options):
         super().__init__()
         self.width = width
 
@@ -132,10 +150,9 @@ class LabelCondition(Condition):
 
     reads = ("label",)
 
-    def __init__(self, width: int, options: dict):
+    def __init__(self, width: int, options: Options):
         super().__init__()
-        drop, scale = options["label_dropout"], options["label_scale"]
-        self.y_embedder = LabelEmbedder(width, options["num_classes"], drop, scale)
+        self.y_embedder = LabelEmbedder(width, options)
 
     def forward(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         return self.y_embedder(labels, uniforms)
@@ -149,15 +166,9 @@ class SnippetCondition(Condition):
 
     reads = ("snippet",)
 
-    def __init__(self, width: int, options: dict):
+    def __init__(self, width: int, options: Options):
         super().__init__()
-        self.condition_projection = SnippetProjection(
-            width,
-            options["snippet_dim"],
-            options["snippet_dropout"],
-            options["snippet_dropout_at"],
-            options["snippet_scale"],
-        )
+        self.condition_projection = SnippetProjection(width, options)
 
     def forward(self, snippets: Tensor, uniforms: Tensor) -> Tensor:
         return self.condition_projection(snippets)
@@ -168,10 +179,9 @@ class LabelSnippetCondition(Condition):
 
     reads = ("label", "snippet")
 
-    def __init__(self, width: int, options: dict):
+    def __init__(self, width: int, options: Options):
         super().__init__()
-        self.y_embedder = LabelCondition(width, options).y_embedder
-        self.condition_projection = SnippetCondition(width, options).condition_projection
+        self.y_embedder, self.condition_projection = LabelEmbedder(width, options), SnippetProjection(width, options)
 
     def forward(self, cond: tuple[Tensor, Tensor], uniforms: Tensor) -> Tensor:
         labels, snippets = cond
@@ -223,96 +233,44 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """The velocity network v_θ(x_t, t, cond), built through `SiT_models`: a name fixes depth, width, heads and patch.
-
-    Args:
-        input_size: height and width of the latent; a multiple of the patch size.
-        in_channels: C, of the latent and of the velocity.
-        condition: a key of `conditions`.
-        snippet_dim: F.
-        snippet_dropout: dropout while training, on the projected snippet (`snippet_dropout_at="embedding"`, as
-            published) or on the snippet itself (`"snippet"`, as in the method's second release).
-        snippet_scale: factor on the unit-norm snippet; 1 as published.
-        null_dropout: probability while training that the condition becomes a learned null embedding; 0 builds none.
-        num_classes: label `num_classes` is the null label.
-        label_dropout: probability while training that a label becomes the null label.
-        label_scale: factor on the label's embedding; 1 as published.
-        align_dims: one alignment head for each entry, an MLP to that many features on the tokens after `align_depth`.
-        qk_norm: LayerNorm on queries and keys; not in the published networks.
+    """The velocity network v_θ(x_t, t, cond), built through `SiT_models`: a name fixes depth, width, heads and patch;
+    `options` are fields of `Options`. `config` says both in plain values.
 
     Raises:
         ValueError: an unknown condition, a latent that patches do not tile, heads beyond the last block, or a dropout
             outside [0, 1).
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        depth: int,
-        width: int,
-        num_heads: int,
-        patch_size: int,
-        input_size: int = 32,
-        in_channels: int = 4,
-        condition: str = "snippet",
-        snippet_dim: int = 768,
-        snippet_dropout: float = 0.2,
-        snippet_dropout_at: str = "embedding",
-        snippet_scale: float = 1.0,
-        null_dropout: float = 0.0,
-        num_classes: int = 1000,
-        label_dropout: float = 0.1,
-        label_scale: float = 1.0,
-        align_dims: Sequence[int] = (),
-        align_depth: int = 8,
-        qk_norm: bool = False,
-    ):
+    def __init__(self, *, name: str, depth: int, width: int, num_heads: int, patch_size: int, **options: object):
         super().__init__()
-        options = {
-            "input_size": input_size,
-            "in_channels": in_channels,
-            "condition": condition,
-            "snippet_dim": snippet_dim,
-            "snippet_dropout": snippet_dropout,
-            "snippet_dropout_at": snippet_dropout_at,
-            "snippet_scale": snippet_scale,
-            "null_dropout": null_dropout,
-            "num_classes": num_classes,
-            "label_dropout": label_dropout,
-            "label_scale": label_scale,
-            "align_dims": list(align_dims),
-            "align_depth": align_depth,
-            "qk_norm": qk_norm,
-        }
-        if condition not in conditions:
-            raise ValueError(f"condition={condition!r}: expected one of {', '.join(conditions)}")
+        options = Options(**options)
+        input_size, in_channels, align_depth = options.input_size, options.in_channels, options.align_depth
+        if options.condition not in conditions:
+            raise ValueError(f"condition={options.condition!r}: expected one of {', '.join(conditions)}")
         if input_size % patch_size:
             raise ValueError(f"input_size={input_size} is not a multiple of the patch size {patch_size} of {name}")
-        if align_dims and not 1 <= align_depth <= depth:
+        if options.align_dims and not 1 <= align_depth <= depth:
             raise ValueError(f"align_depth={align_depth}: {name} has blocks 1 to {depth}")
+        self.config = {"model": name, **asdict(options), "align_dims": list(options.align_dims)}
         for option in ("snippet_dropout", "null_dropout", "label_dropout"):
-            if not 0 <= options[option] < 1:
-                raise ValueError(f"{option}={options[option]}: expected a probability in [0, 1)")
-        self.config = {"model": name, **options}
+            if not 0 <= self.config[option] < 1:
+                raise ValueError(f"{option}={self.config[option]}: expected a probability in [0, 1)")
         self.latent_shape = (in_channels, input_size, input_size)
-        self.patch_size = patch_size
-        self.condition = condition
-        self.null_dropout = null_dropout
-        self.align_depth = align_depth
+        self.patch_size, self.align_depth = patch_size, align_depth
+        self.condition, self.null_dropout = options.condition, options.null_dropout
         self.checkpoint_activations = False  # True: training keeps only the blocks' inputs and computes the rest again
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, width, bias=True)
         self.pos_embed = nn.Parameter(position_embedding(width, input_size // patch_size), requires_grad=False)
         self.t_embedder = TimestepEmbedder(width)
-        embed_condition = conditions[condition](width, options)
+        embed_condition = conditions[self.condition](width, options)
         for part, module in embed_condition.named_children():
             self.add_module(part, module)
         self._embed_condition = [embed_condition]  # in a list: not a child of its own, its parts already are
-        if null_dropout > 0:
+        if self.null_dropout > 0:
             self.null_embedding = nn.Parameter(torch.empty(width))
-        self.blocks = nn.ModuleList(SiTBlock(width, num_heads, qk_norm) for _ in range(depth))
-        self.projectors = nn.ModuleList(alignment_head(width, dim) for dim in align_dims)
+        self.blocks = nn.ModuleList(SiTBlock(width, num_heads, options.qk_norm) for _ in range(depth))
+        self.projectors = nn.ModuleList(alignment_head(width, dim) for dim in options.align_dims)
         self.final_layer = FinalLayer(width, patch_size, in_channels)
         self.initialize()
 
@@ -402,13 +360,8 @@ def checkpointed(part: Callable, *inputs: object) -> object:
 
 def alignment_head(width: int, dim: int) -> nn.Sequential:
     """REPA's projection of tokens (B, T, D) to an encoder's feature space (B, T, dim)."""
-    return nn.Sequential(
-        nn.Linear(width, ALIGN_HIDDEN),
-        nn.SiLU(),
-        nn.Linear(ALIGN_HIDDEN, ALIGN_HIDDEN),
-        nn.SiLU(),
-        nn.Linear(ALIGN_HIDDEN, dim),
-    )
+    first, second = nn.Linear(width, ALIGN_HIDDEN), nn.Linear(ALIGN_HIDDEN, ALIGN_HIDDEN)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(ALIGN_HIDDEN, dim))
 
 
 def position_embedding(width: int, grid_size: int) -> Tensor:
@@ -427,14 +380,12 @@ def position_embedding(width: int, grid_size: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
 
 
-def _presets() -> dict[str, Callable[..., SiT]]:
-    sizes = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-    sizes["Ti"] = (6, 192, 3)  # small enough for a CPU
-    names = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in sizes.items() for patch in (1, 2, 4, 8)}
-    return {
-        name: partial(SiT, name=name, depth=depth, width=width, num_heads=heads, patch_size=patch)
-        for name, (depth, width, heads, patch) in names.items()
-    }
-
-
-SiT_models: dict[str, Callable[..., SiT]] = _presets()
+# Depth, width and heads; Ti is small enough for a CPU.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Ti": (6, 192, 3)}
+SiT_models: dict[str, Callable[..., SiT]] = {
+    f"SiT-{size}/{patch}": partial(
+        SiT, name=f"SiT-{size}/{patch}", depth=depth, width=width, num_heads=heads, patch_size=patch
+    )
+    for size, (depth, width, heads) in SIZES.items()
+    for patch in (1, 2, 4, 8)
+}
