@@ -23,7 +23,7 @@ from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
 from memory.files import sha256, weights_folder, why_unreadable
-from models.hub import COMMITS, absent, from_hub
+from models.hub import COMMITS, HUB, absent, from_hub
 
 HUB_FILE = "model.safetensors"  # of timm's repositories
 REMEDY = "run `bash scripts/fetch.sh` where there is a network, or name a local file by --encoder-weights"
@@ -174,7 +174,9 @@ def pretrained_model(name: str, recipe: Recipe, weights: Path | None) -> nn.Modu
     except (OSError, HfHubHTTPError) as error:
         repository = timm.get_pretrained_cfg(recipe.model).hf_hub_id
         where = weights_file(recipe)
-        raise ValueError(absent(f"encoder {name!r}", repository, (HUB_FILE,), where, REMEDY, error)) from error
+        remedy = f"get {HUB}/{repository}/resolve/main/{HUB_FILE} where there is a network and put it at {where}, or "
+        remedy += "name a local file by --encoder-weights"
+        raise ValueError(absent(f"encoder {name!r}", repository, (HUB_FILE,), where, remedy, error)) from error
     except RuntimeError as error:
         if weights is None:
             raise

@@ -172,7 +172,8 @@ def test_what_a_user_can_get_wrong(weights, tmp_path, monkeypatch):
         ValueError, match=r"hub repository 'timm/vit_base_patch14_dinov2.* at weights/vit_base_.*fetch\.sh"
     ):
         load_encoder("dinov2-vitb14")
-    with pytest.raises(ValueError, match=r"hub repository 'timm/test_vit.* at weights/test_vit.*fetch\.sh"):
+    url = r"https://huggingface\.co/timm/test_vit\.r160_in1k/resolve/main/model\.safetensors"  # unknown to fetch.sh
+    with pytest.raises(ValueError, match=rf"'timm/test_vit.* get {url} .* put it at weights/test_vit\.safetensors"):
         load_encoder("test_vit")
     with pytest.raises(ValueError, match="is none of dinov2-vitb14, efficientnet-lite0 and no model of timm"):
         load_encoder("dino")
