@@ -1,6 +1,7 @@
 """Shared set-up of the tests: import from the repository root, one thread, and a GPU only for the tests marked so."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,3 +45,28 @@ def pytest_runtest_setup(item):
 def root() -> Path:
     """The repository root, from which every command runs."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Path:
+    """A folder with a `python` that has imported every library (preloaded_python.py)."""
+    folder = tmp_path_factory.mktemp("python")
+    helper, socket = ROOT / "tests" / "preloaded_python.py", folder / "socket"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, helper, "serve", socket]
+    server = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "ready\n"
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {helper} client {socket} {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    yield folder
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def environment(python) -> dict[str, str]:
+    """The variables of a shell in which `python`, also torchrun's for its workers, is that one, without a GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    path = f"{python}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHON_EXEC": str(python / "python"), "CUDA_VISIBLE_DEVICES": "", "NPROC": "1"}

@@ -1,9 +1,10 @@
-"""A `python` for tests of shell scripts, without the seconds of imports that every command would take.
+"""A `python` for tests of whole commands, without the seconds that every one would take to import its libraries.
 
-A server imports everything once. A script's `python train.py …` is a client: it hands its words, folder, environment
-and streams to a fork of the server and stands for it, returns its status, passes SIGTERM and SIGINT on, and takes it
-along when killed. Whatever is no command of this project (torchrun itself) goes to the real Python; torchrun starts its
-workers by the variable PYTHON_EXEC, which names this `python` again. pip has nothing to do in a test and is not called.
+A server imports these once; each command imports the project's own modules anew. A script's `python train.py …` is a
+client: it hands its words, folder, environment and streams to a fork of the server and stands for it, returns its
+status, passes SIGTERM and SIGINT on, and takes it along when killed. Whatever is no command of this project (torchrun
+itself) goes to the real Python; torchrun starts its workers by the variable PYTHON_EXEC, which names this `python`
+again. pip has nothing to do in a test and is not called.
 """
 
 import array
@@ -16,8 +17,7 @@ import socket
 import sys
 import threading
 
-MODULES = ("torch", "diffusers", "timm", "train", "sample_ddp", "scripts.encode_dataset", "evaluations.controls")
-MODULES += ("memory.build_bank", "evaluations.copies", "matplotlib.figure")
+LIBRARIES = ("torch", "torchvision", "accelerate", "diffusers", "timm", "scipy.stats", "matplotlib.figure")
 
 
 def client(path: str, real: str, words: list[str]) -> None:
@@ -26,7 +26,7 @@ def client(path: str, real: str, words: list[str]) -> None:
     if plain[:2] == ["-m", "pip"]:
         return
     ours = plain[0].endswith(".py") or plain[0] == "-c"
-    ours |= plain[0] == "-m" and plain[1].split(".")[0] in ("scripts", "memory", "evaluations")
+    ours |= plain[0] == "-m" and plain[1].split(".")[0] in ("scripts", "memory", "evaluations", "benchmarks")
     if not ours:
         os.execv(real, [real, *words])
     connection = socket.socket(socket.AF_UNIX)
@@ -43,7 +43,7 @@ def client(path: str, real: str, words: list[str]) -> None:
 
 def serve(path: str) -> None:
     """Import, then fork for each client."""
-    for name in MODULES:
+    for name in LIBRARIES:
         __import__(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)

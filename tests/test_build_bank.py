@@ -1,9 +1,7 @@
 """The command from store to bank: its files against brute force, its reruns, its processes and its refusals."""
 
 import json
-import os
 import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -146,10 +144,9 @@ def test_large_clusters_share_the_bins_of_the_histogram():
     assert (report["rows_of_one_image"], report["draws_of_one_image"]) == (0.4, 2 / 1009)
 
 
-def test_two_processes_write_the_same_bank_bit_for_bit(store, built, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def test_two_processes_write_the_same_bank_bit_for_bit(store, built, environment, tmp_path):
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = command(store, tmp_path / "two", "--k", 60, "--passes", 4)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*torchrun, "-m", "memory.build_bank", *arguments], env=environment, check=True, timeout=120)
     for file in FILES:
         assert (tmp_path / "two" / file).read_bytes() == (built / file).read_bytes(), file

@@ -3,17 +3,16 @@
 import json
 import signal
 import subprocess
-import sys
 
 import torch
 
 from benchmarks import chaos
 
 
-def test_every_command_survives_kills(root, tmp_path):
+def test_every_command_survives_kills(root, environment, tmp_path):
     words = ["--kills", "2", "--images", "150", "--processes", "1", "--work", tmp_path / "work"]
-    command = [sys.executable, "-m", "benchmarks.chaos", *map(str, words), "--out", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    command = ["python", "-m", "benchmarks.chaos", *map(str, words), "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert [facts["stage"] for facts in outcomes] == ["encode", "bank", "train", "sample", "evaluate"]
@@ -47,7 +46,7 @@ def test_features_kept_beside_a_reference_count_as_written(tmp_path):
     assert (tmp_path / "encode" / "store" / "meta.json").exists()
 
 
-def test_a_command_that_starts_over_wrongly_is_seen(root, tmp_path):
+def test_a_command_that_starts_over_wrongly_is_seen(root, environment, tmp_path):
     """A command that loses what it had appends to its log twice."""
     source = (
         "import time, pathlib, sys\n"
@@ -62,4 +61,4 @@ def test_a_command_that_starts_over_wrongly_is_seen(root, tmp_path):
         f"facts = chaos.endure(work, 'forgetful', 1, 5, {int(signal.SIGKILL)}, random.Random(0))\n"
         "sys.exit(0 if any('different' in problem for problem in facts['problems']) else 1)\n"
     )
-    assert subprocess.run([sys.executable, "-c", source], cwd=root, timeout=120).returncode == 0
+    assert subprocess.run(["python", "-c", source], cwd=root, env=environment, timeout=120).returncode == 0

@@ -1,4 +1,4 @@
-"""The demo's path at tiny size, by the script itself."""
+"""The demo's path at tiny size, by the script itself; only its `python` has imported the libraries beforehand."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from memory.files import sha256
 from scripts import make_assets
 
 
-def test_demo(root, tmp_path):
+def test_demo(root, environment, tmp_path):
     words = ["--source", str(root / "assets" / "fashion-mnist"), "--out", str(tmp_path / "images")]
     make_assets.main(["images", *words, "--train", "200", "--test", "1"])
     small = {"SOURCE": str(tmp_path / "images"), "STEPS": "4", "K": "8", "IMAGES": "8", "SHIPPED": "9"}
     out = tmp_path / "demo"
-    subprocess.run(["bash", "scripts/demo.sh", out], check=True, cwd=root, env={**os.environ, **small}, timeout=300)
+    subprocess.run(["bash", "scripts/demo.sh", out], check=True, cwd=root, env={**environment, **small}, timeout=300)
 
     shipped = json.loads((out / "shipped" / "samples.json").read_text())
     assert shipped["settings"]["checkpoint"] == sha256(root / "assets" / "gmem-fashion-mnist" / "model.safetensors")

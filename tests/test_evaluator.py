@@ -8,7 +8,6 @@ import pickle
 import re
 import struct
 import subprocess
-import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -420,19 +419,13 @@ def test_a_result_beside_the_samples_is_not_what_their_maker_says(evaluate, tmp_
     assert evaluate(real, fake)[1]["samples"] == first["samples"]
 
 
-def test_two_processes_give_the_numbers_of_one(evaluate, encoder_weights, tmp_path, root):
+def test_two_processes_give_the_numbers_of_one(evaluate, encoder_weights, environment, tmp_path, root):
     real, fake = save_npz(tmp_path / "ref.npz", pictures(25)), save_npz(tmp_path / "x.npz", pictures(21, seed=1))
     alone = evaluate(real, fake, "--no-cache")[1]["metrics"]
     options = ["--encoder", ENCODER, "--encoder-weights", encoder_weights, "--out", tmp_path / "two.json", "--no-cache"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "evaluations.evaluator", real, fake, "--batch-size=4", *options]
-    subprocess.run(
-        command,
-        cwd=root,
-        check=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    subprocess.run(command, cwd=root, check=True, timeout=120, env=environment)
     assert json.loads((tmp_path / "two.json").read_text())["metrics"] == pytest.approx(alone, rel=1e-6)
 
 

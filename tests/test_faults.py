@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import shutil
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -36,11 +35,12 @@ def mount(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def stages(tmp_path_factory, environment):
     """What each command of the path leaves, at small size, and the command lines."""
     work = tmp_path_factory.mktemp("stages")
     words = ["--kills", "0", "--images", "150", "--processes", "1", "--work", str(work)]
-    subprocess.run([sys.executable, "-m", "benchmarks.chaos", *words], check=True, cwd=chaos.ROOT, timeout=600)
+    command = ["python", "-m", "benchmarks.chaos", *words]
+    subprocess.run(command, check=True, cwd=chaos.ROOT, env=environment, timeout=600)
     return work
 
 
@@ -55,11 +55,11 @@ def redirected(work, stage, out):
     return main, [word.replace(str(work / "out"), str(out)) for word in words]
 
 
-def test_full_disks_lose_nothing(root, tmp_path, mount):
+def test_full_disks_lose_nothing(root, environment, tmp_path, mount):
     mount("size=4k")  # or skip
     words = ["--full-disks", "2", "--images", "150", "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
-    command = [sys.executable, "-m", "benchmarks.chaos", *map(str, words)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    command = ["python", "-m", "benchmarks.chaos", *map(str, words)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert sum(facts["full_disks"] for facts in outcomes) >= 5

@@ -1,6 +1,6 @@
 """The recipes in scripts/: what each runs by default, every one of them at tiny size, and what signals do to them.
 
-Scripts run as users run them; only their `python` is one that has imported everything (preloaded_python.py).
+Scripts run as users run them; only their `python` has imported the libraries beforehand (preloaded_python.py).
 """
 
 import importlib
@@ -34,31 +34,6 @@ SOURCED = {"launch.sh", "imagenet.sh", "setup.sh"}
 STAGES = ["encode-imagenet.sh", "build-bank-imagenet.sh", "train-gmem-xl.sh", "train-gmem-b.sh", "train-sit-xl.sh"]
 STAGES += ["train-repa-xl.sh", "sample-gmem-xl.sh", "sample-gmem-xl-ode.sh", "sample-sit-xl.sh", "sample-repa-xl.sh"]
 SMALL_RUN = ["--save-every", "2", "--eval-every", "2", "--sample-every", "0", "--log-every", "1", "--workers", "0"]
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory, root):
-    """A folder with a `python` that has imported everything."""
-    folder = tmp_path_factory.mktemp("python")
-    helper, socket = root / "tests" / "preloaded_python.py", folder / "socket"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    words = [sys.executable, helper, "serve", socket]
-    server = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
-    assert server.stdout.readline() == "ready\n"
-    program = folder / "python"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {helper} client {socket} {sys.executable} "$@"\n')
-    program.chmod(0o755)
-    yield folder
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture(scope="module")
-def environment(python):
-    """The variables of a shell in which `python` is that one, without a GPU."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    path = f"{python}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "PYTHON_EXEC": str(python / "python"), "CUDA_VISIBLE_DEVICES": "", "NPROC": "1"}
 
 
 def bash(root, environment, script, *flags, status=0, **variables):

@@ -208,7 +208,7 @@ def test_accumulation_sees_the_same_data_and_noise(folder, whole):
 
 
 @pytest.mark.parametrize("alone", [0, 3])
-def test_two_processes_train_like_one(folder, alone):
+def test_two_processes_train_like_one(folder, environment, alone):
     """From the start, and in continuing what one process began."""
     plain = ("--model-options", "snippet_dropout=0")
     one, two = folder / f"one-process-{alone}", folder / f"two-processes-{alone}"
@@ -216,7 +216,7 @@ def test_two_processes_train_like_one(folder, alone):
     if alone:
         train.main(command(folder, two, *plain, "--steps", alone))
     words = command(folder, two, *plain, "--steps", 6)
-    subprocess.run([sys.executable, *TORCHRUN, "train.py", *words], check=True, cwd=ROOT)
+    subprocess.run(["python", *TORCHRUN, "train.py", *words], check=True, cwd=ROOT, env=environment)
     for a, b in zip(log(one), log(two), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "holdout_loss"}:
             assert a[key] == pytest.approx(b[key], rel=1e-5)
@@ -526,15 +526,15 @@ def test_either_of_loss_and_gradient_stops_before_a_checkpoint(folder, part, mon
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder):
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder, environment):
     store, out = folder / "one-bad-row", folder / "bad-in-one"
     write_bank(folder / "one-bad-bank", write_store(store))
     moments = np.load(store / "latents.npy")
     moments[rows_of_step(IMAGES, 8, 0, 2)[5]] = np.nan  # of the second process, in the third step alone
     np.save(store / "latents.npy", moments)
     words = ("--steps", 5, "--save-every", 1, "--store", store, "--bank", folder / "one-bad-bank")
-    run = [sys.executable, *TORCHRUN, "train.py", *command(folder, out, *words)]
-    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = ["python", *TORCHRUN, "train.py", *command(folder, out, *words)]
+    ended = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert "of step 2 is not finite" in ended.stderr
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["0000001.pt", "0000002.pt"]
