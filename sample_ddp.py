@@ -17,15 +17,13 @@ Writes  OUT/000000.png …      the images (--format png or both)
 
 import argparse
 import itertools
-import os
 import time
 import warnings
 from collections.abc import Callable
 
-import accelerate
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +33,7 @@ from memory.claim import claimed
 from memory.command import Help, execute
 from memory.files import sha256
 from memory.output import Output
+from memory.processes import from_main, join
 from memory.provenance import peak_memory, provenance
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import WEIGHTS, load_model
@@ -356,13 +355,11 @@ def generate(generator: Generator, output: Output, left: np.ndarray, batch_size:
 
 def main(argv: list[str] | None = None) -> None:
     """Load and check everything, generate what is missing, pack."""
-    args = parse(argv)
-    state = accelerate.PartialState(cpu=not torch.cuda.is_available())
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    args, state = parse(argv), join()
     generator = Generator(args, state.device)
     output = Output(args.out, args.num_images, args.format, generator.settings)
     with claimed("--out", args.out, state.is_main_process):
-        [left] = broadcast_object_list([output.prepare() if state.is_main_process else None])
+        left = from_main(state, output.prepare)
         if left is None:
             state.print(f"{args.out} is complete: {args.num_images} images")
         else:
@@ -375,7 +372,7 @@ def complete(
     generator: Generator,
     output: Output,
     left: np.ndarray,
-    state: accelerate.PartialState,
+    state: PartialState,
     argv: list[str] | None,
 ) -> None:
     """Generate the images `left`, and pack all."""

@@ -15,13 +15,11 @@ that choose the network; `torchrun -m evaluations.controls …` shares the image
 
 import argparse
 import itertools
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from dataset import LatentDataset
 from evaluations.card import score_tables
@@ -44,6 +42,7 @@ from evaluations.search import FeatureSpace, nearest
 from memory.bank import MemoryBank, snippet_rules
 from memory.command import Help, execute
 from memory.files import sha256, write_json
+from memory.processes import join
 from memory.provenance import provenance
 from models.kernels import fitting
 from samplers import SNIPPET_DRAW, noise, uniform
@@ -69,9 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args, began = parse(argv), time.perf_counter()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    args, began, state = parse(argv), time.perf_counter(), join()
     samples, holdout = Samples(args.samples, args.num_samples), open_holdout(args.store, None)
     bank = MemoryBank.load(args.bank)
     store = check_origin(samples, bank, args)

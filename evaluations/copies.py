@@ -20,7 +20,6 @@ cannot show.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from evaluations.samples import Samples
 from evaluations.search import FeatureSpace, LatentSpace, Space, nearest
 from memory.command import Help, execute
 from memory.files import atomic, write_json
+from memory.processes import join
 from memory.provenance import provenance
 from models.autoencoder import Codec, check_codec, latents_from_moments, load_codec, to_uint8
 from models.encoder import load_encoder
@@ -71,9 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args, began = parse(argv), time.perf_counter()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    args, began, state = parse(argv), time.perf_counter(), join()
     store, holdout = LatentDataset(args.store, args.encoder), open_holdout(args.store, args.encoder)
     samples = Samples(args.samples, args.num_samples)
     side = store.meta["image_size"]

@@ -9,13 +9,11 @@ comparable with published tables. `torchrun -m evaluations.evaluator …` shares
 
 import argparse
 import contextlib
-import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from evaluations.features import EncoderNetwork, Network, Summary, summarize
 from evaluations.inception import Inception, find_weights
@@ -24,6 +22,7 @@ from evaluations.reference import Reference, if_writable
 from evaluations.samples import Samples
 from memory.command import Help, execute
 from memory.files import remove_stale, write_json
+from memory.processes import join
 from memory.provenance import peak_memory, provenance
 from models.kernels import fitting
 
@@ -86,9 +85,7 @@ def batch_size_of(args: argparse.Namespace, device: torch.device) -> int:
 @fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command; the first process prints and writes."""
-    args, began = parse(argv), time.perf_counter()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    args, began, state = parse(argv), time.perf_counter(), join()
     batch_size = batch_size_of(args, state.device)
 
     sets = [Samples(path, args.num_samples) for path in [args.samples, *args.seeds] if path]

@@ -9,7 +9,6 @@ settings and how much the bank remembers single images; it is written last and m
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from tqdm import tqdm
@@ -28,6 +26,7 @@ from memory.claim import claimed
 from memory.command import Help, execute
 from memory.files import atomic, check_folder, free_space, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
+from memory.processes import from_main, join
 from memory.provenance import provenance
 from models.kernels import fitting
 
@@ -66,15 +65,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Build the bank that the command line asks for, or say that it exists."""
     args = parse(argv)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-
+    state = join()
     args.encoder = args.encoder or only_encoder(args.store)
     store, beside = LatentDataset(args.store, args.encoder), holdout_path(args.store)
     holdout = LatentDataset(beside, args.encoder) if beside.is_dir() else None
     settings = settings_of(args, store)
-    [done] = broadcast_object_list([is_complete(args.out, settings) if state.is_main_process else None])
-    if done:
+    if from_main(state, lambda: is_complete(args.out, settings)):
         (args.out / UNFINISHED).unlink(missing_ok=True)
         state.print(f"{args.out} already holds this bank: {settings['k']} snippets, {settings['rule']}; nothing to do")
         state.destroy_process_group()

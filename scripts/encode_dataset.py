@@ -28,15 +28,13 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
 from PIL import ExifTags
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -45,6 +43,7 @@ from tqdm import tqdm
 from dataset import FORMAT, LABELS, NAMES, PROGRESS, holdout_path, layout, read_meta
 from memory.claim import claimed
 from memory.command import execute
+from memory.processes import from_main, join
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
@@ -109,10 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @fitting("try a smaller --batch-size")
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "not started by torchrun or plain python"
-
+    args, state = parse(argv), join(PATIENCE)
     if args.add:
         args.precision, args.upright = (read_meta(args.out)[key] for key in ("precision", "upright"))
     args.precision = args.precision or default_precision()
@@ -150,11 +146,6 @@ def speed_up(
             codec.compile_encoder()
         if encoder:
             encoder.compile()
-
-
-def from_main(state: accelerate.PartialState, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the main process, on all of them; if it raises, the launcher ends the others."""
-    return broadcast_object_list([make() if state.is_main_process else None])[0]
 
 
 def new_jobs(args: argparse.Namespace, source: Source, codec: Codec, encoder: Encoder | None) -> list[Job]:
@@ -312,7 +303,7 @@ def encode_job(
     codec: Codec | None,
     encoder: Encoder | None,
     args: argparse.Namespace,
-    state: accelerate.PartialState,
+    state: PartialState,
 ) -> None:
     """Encode and write this process's share of the rows that are not done, noting progress now and then."""
     rank, world = state.process_index, state.num_processes

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from accelerate import PartialState
 
 import sample_ddp
 import train
@@ -26,6 +24,7 @@ from evaluations.reference import Reference
 from evaluations.samples import Samples
 from memory.bank import MemoryBank
 from memory.files import atomic, read_json, write_json
+from memory.processes import join
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
 from scripts.miniature_data import ALIGN, ARMS, ENCODER, HELD_OUT, METRIC, DataSet, afresh, call, claimed, line
@@ -56,7 +55,7 @@ class Scores:
         """By reference and figure: fd, precision, recall, kd."""
         began, args = time.perf_counter(), evaluator.parse(self.words(folder))
         afresh()
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = join()
         size = evaluator.batch_size_of(args, state.device)
         if not self.references:
             self.network = evaluator.load_network(args, state.device)
