@@ -44,10 +44,10 @@ def claimed(flag: str, folder: str | os.PathLike, claim: bool = True) -> Iterato
     os.register_at_fork(after_in_child=file.close)  # reading processes outlive a killed one for seconds
     with file:
         remove_stale(folder)
-        file.truncate(0)
         command = " ".join((Path(sys.argv[0]).name, *sys.argv[1:]))
-        file.write(f"process {os.getpid()} on {platform.node()} ({command})")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name, and there may be nothing to do
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} ({command})".encode())
         try:
             yield
         finally:

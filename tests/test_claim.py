@@ -1,8 +1,10 @@
 """One command at a time in a folder, whatever became of the one before."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +27,22 @@ def test_a_claimed_folder_is_refused_and_its_holder_named(tmp_path, monkeypatch)
     with claimed("--out", folder):
         (folder / "result").touch()
     assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_folder_on_a_full_disk_is_claimed_too(tmp_path):
+    """Whatever is then written there says which file it was, and a finished result can still be recognised."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with contextlib.suppress(OSError), open(tmp_path / "full", "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        with claimed("--out", tmp_path):
+            with pytest.raises(ValueError, match="another process is writing"), claimed("--out", tmp_path):
+                pass
+        assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
