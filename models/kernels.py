@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory.kmeans import triton_works
+from models.agreement import trusted
 from models.sit import SiT, checkpointed
 
 HOPPER = (9, 0)  # from here on cuDNN's attention is the faster one; for this generation alone is models/attention.py
@@ -89,18 +90,49 @@ def compile_blocks(network: SiT, fuse: bool | None = None, **options: object) ->
 
     The blocks share their code, so the first call with new shapes compiles once for all of them (seconds, not the
     minutes of a whole network). With `fuse` (None: where `can_fuse`) norms, modulation and gated residuals run as the
-    kernels of models/fused.py and models/attention.py. `options` go to torch.compile.
+    kernels of models/fused.py and models/attention.py, as far as they agree with PyTorch on the shapes, the precision
+    and the need of gradients that the first call has (models/agreement.py). `options` go to torch.compile.
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets; whole blocks overlap well enough
     device = network.pos_embed.device
     if can_fuse(device) if fuse is None else fuse:
+        network.velocity = partial(first_velocity, network, options)
+    else:
+        compile_plain(network, options)
+
+
+def compile_plain(network: SiT, options: dict[str, object]) -> None:
+    """Compile the blocks as models/sit.py has them."""
+    for part in (*network.blocks, network.final_layer):
+        part.compile(dynamic=False, **options)
+
+
+def first_velocity(
+    network: SiT, options: dict[str, object], x: Tensor, c: Tensor, return_tokens: bool = False
+) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """`SiT.velocity` of a first call, which chooses what computes it and all later ones."""
+    names = "x", "branch", "gate", "bias", "c"
+    packed = trusted(network, can_pack(x.device), dict(zip(names, (*entrance(network, x), c), strict=True)))
+    torch.cuda.empty_cache()  # of what only the choice took
+    del network.velocity
+    if packed is None:
+        compile_plain(network, options)
+    else:
         from models.fused import finish, run_block  # here, because Triton is not everywhere
 
         run, end = (torch.compile(function, dynamic=False, **options) for function in (run_block, finish))
-        network.velocity = partial(fused_velocity, network, partial(run, can_pack(device)), end)
-        return
-    for part in (*network.blocks, network.final_layer):
-        part.compile(dynamic=False, **options)
+        network.velocity = partial(fused_velocity, network, partial(run, packed), end)
+    return network.velocity(x, c, return_tokens)
+
+
+def entrance(network: SiT, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first block's x, branch (B, T, D), gate (B, D) and bias (D,), from x (B, C, H, W)."""
+    branch = network.x_embedder(x).contiguous()  # the patches are the branch that joins the positions
+    x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
+    bias = nn.Parameter(torch.zeros_like(network.blocks[0].mlp.fc2.bias))
+    if torch.is_grad_enabled():  # gradients that nobody reads: with them the first block has the graph of the others
+        x, gate = x.requires_grad_(), gate.requires_grad_()
+    return x, branch, gate, bias
 
 
 def fused_velocity(
@@ -108,11 +140,7 @@ def fused_velocity(
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """`SiT.velocity`, with each residual added by the kernel that normalises it for the next branch."""
     tokens = []
-    branch = network.x_embedder(x).contiguous()  # (B, T, D); the patches are the branch that joins the positions
-    x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
-    bias = nn.Parameter(torch.zeros_like(network.blocks[0].mlp.fc2.bias))
-    if torch.is_grad_enabled():  # gradients that nobody reads: with them the first block has the graph of the others
-        x, gate = x.requires_grad_(), gate.requires_grad_()
+    x, branch, gate, bias = entrance(network, x)  # (B, T, D), (B, T, D), (B, D), (D,)
     run = partial(checkpointed, run_block) if network.checkpoint_activations else run_block
     for depth, block in enumerate(network.blocks, start=1):
         x, branch, gate = run(block, x, branch, gate, bias, c)  # (B, T, D), (B, T, D), (B, D)

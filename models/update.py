@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from models.agreement import everywhere, trusted_update
 from models.kernels import can_fuse
 
 
@@ -31,8 +32,8 @@ class Update:
         self.averages = [self.average.get_parameter(name) for name in trained]
         betas = (0.9, beta2)
         self.optimizer = torch.optim.AdamW(self.parameters, lr, betas, eps=1e-8, weight_decay=0.0, fused=True)
-        self.kernel = None
-        if can_fuse(self.parameters[0].device):
+        self.kernel, device = None, self.parameters[0].device
+        if everywhere(can_fuse(device) and trusted_update(device), device):  # or weights would drift apart
             from models.adamw import Kernel  # here, because Triton is not everywhere
 
             self.kernel = Kernel(self.parameters)

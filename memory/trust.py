@@ -1,0 +1,25 @@
+"""What happens where a kernel of ours fails, or computes something else than PyTorch: a warning, and PyTorch's own way.
+
+A compiler may get a kernel wrong on one GPU, in one release or at one shape, and say nothing. So whoever calls kernels
+compares them, and whatever goes wrong on the way costs speed alone.
+"""
+
+import sys
+import warnings
+
+import torch
+
+distrusted: set[str] = set()  # files whose kernels are not to be tried again in this process
+
+
+class Disagreement(Exception):
+    """A kernel's result is not PyTorch's; the message says where, by how much, and how much is allowed."""
+
+
+def distrust(kernels: str, error: Exception, device: torch.device, remedy: str) -> None:
+    """Warn that the kernels of the file `kernels` are left out because of `error`, and of what is done instead."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    release = getattr(sys.modules.get("triton"), "__version__", "missing")
+    lines = str(error).strip().splitlines() or [""]
+    why = f"are wrong: {lines[0]}" if isinstance(error, Disagreement) else f"fail: {type(error).__name__}: {lines[-1]}"
+    warnings.warn(f"on {gpu} with Triton {release} the kernels of {kernels} {why}; {remedy}", stacklevel=3)
