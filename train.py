@@ -41,13 +41,14 @@ from memory.claim import claimed
 from memory.command import Help, execute
 from memory.files import atomic, check_folder, free_space, reading, remove_stale
 from memory.pairs import Pairs
+from memory.processes import join
 from memory.provenance import provenance
 from memory.run_folder import RunFolder
 from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint, summary
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
-from models.replay import WARM_STEPS, Replay
-from models.sit import SiT, SiT_models, conditions
+from models.replay import WARM_STEPS, Replay, take
+from models.sit import SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
 from scripts.needs import describe, missing
@@ -114,8 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for name in names.split():
             if (value := getattr(args, name)) is not None and value < least:
                 parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if not 0 <= args.ema_decay < 1 or not args.clip > 0 or not args.lr > 0:
-        parser.error("expected 0 <= --ema-decay < 1, --clip > 0 and --lr > 0")
+    if not (0 <= args.ema_decay < 1 and 0 <= args.beta2 < 1 and args.clip > 0 and args.lr > 0):
+        parser.error("expected 0 <= --ema-decay < 1, 0 <= --beta2 < 1, --clip > 0 and --lr > 0")
     for name in ("align_encoder", "align_encoder_weights"):
         if (value := getattr(args, name)) and args.align_coeff == 0:
             parser.error(f"--{name.replace('_', '-')} {value} is not read without --align-coeff (REPA: 0.5)")
@@ -149,25 +150,12 @@ def model_options(pairs: list[str]) -> dict[str, object]:
         name, _, value = pair.partition("=")
         if name == "snippet_dropout_at":
             options[name] = value
-        elif name in numbers and re.fullmatch(r"true|false|\d+|\d*\.\d+", value):
+        elif name in numbers and re.fullmatch(r"true|false|(?=.)(0|[1-9]\d*)?(\.\d+)?", value):
             options[name] = json.loads(value if value[0] != "." else f"0{value}")
         else:
-            names = ", ".join((*numbers, "snippet_dropout_at"))
-            raise ValueError(
-                f"--model-options {pair}: expected NAME=VALUE, a number, true or false, with one of {names}"
-            )
+            expected = f"a number, true or false, with one of {', '.join((*numbers, 'snippet_dropout_at'))}"
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE, {expected}")
     return options
-
-
-def build(args: argparse.Namespace, data: Pairs) -> SiT:
-    """The network for this data and these settings."""
-    channels, size, _ = data.codec["latent_shape"]
-    given = {"input_size": size, "in_channels": channels, "condition": args.condition, "align_dims": data.align_dims}
-    if data.with_snippets:
-        given["snippet_dim"] = data.snippet_dim
-    if data.with_labels:
-        given["num_classes"] = data.meta["num_classes"]
-    return SiT_models[args.model](**given, **model_options(args.model_options))
 
 
 class Trainer:
@@ -187,14 +175,12 @@ class Trainer:
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of the {processes} processes")
         if self.local_batch % self.micro_batch:
             fits = next(size for size in range(self.micro_batch, 0, -1) if self.local_batch % size == 0)
-            raise ValueError(
-                f"--micro-batch {self.micro_batch} does not divide the {self.local_batch} images of a process; "
-                f"{fits} does"
-            )
+            images = f"the {self.local_batch} images of a process"
+            raise ValueError(f"--micro-batch {self.micro_batch} does not divide {images}; {fits} does")
 
         torch.manual_seed(args.seed)
-        self.network = build(args, data).to(self.device)
-        self._check_alignment()
+        options = {"condition": args.condition, **data.options(), **model_options(args.model_options)}
+        self.network = SiT_models[args.model](**options).to(self.device)
         if args.init and not self.folder.checkpoints:
             skipped = init_weights(self.network, args.init)
             told = f"--init {args.init}: {len(skipped)} tensors differ and were skipped"
@@ -203,17 +189,6 @@ class Trainer:
         self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay, args.warmup)
         self.ema, self.optimizer = self.update.average, self.update.optimizer
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
-
-    def _check_alignment(self) -> None:
-        """Raise ValueError unless the network has as many tokens as the encoder has patches."""
-        data, tokens = self.data, self.network.pos_embed.shape[1]
-        if data.align_dims:
-            patches = data.meta["patches"][data.patches][0] if data.patches else data.align_encoder.num_patches
-            if patches != tokens:
-                raise ValueError(
-                    f"--align-coeff: {self.args.model} has {tokens} tokens, the alignment's encoder {patches} patches; "
-                    "choose an input size of the encoder (NAME@SIZE) that gives as many"
-                )
 
     @property
     def local_batch(self) -> int:
@@ -235,16 +210,20 @@ class Trainer:
         """What can be checked before the long work, with nothing written yet.
 
         Raises:
-            ValueError: the run's folder holds a run with other settings (the message lists them); the codec of the
-                grids is not to be had, or is another than the store's; or too little disk is free.
+            ValueError: the alignment's encoder has more or fewer patches than the network tokens; the folder holds a
+                run with other settings; the grids' codec is not to be had or not the store's; the disk is too small.
         """
+        tokens = self.network.pos_embed.shape[1]
+        if self.data.align_shape and self.data.align_shape[0] != tokens:
+            patches = f"{tokens} tokens, the alignment's encoder {self.data.align_shape[0]} patches"
+            remedy = "choose an input size of the encoder (NAME@SIZE) that gives as many"
+            raise ValueError(f"--align-coeff: {self.args.model} has {patches}; {remedy}")
         check_folder("--out", self.out)
         self.folder.check_same()
         if self.args.sample_every and self.accelerator.is_main_process:
-            name, channels = self.args.codec or self.data.codec["name"], self.data.codec["image_channels"]
-            self.grid_codec = load_codec(name, self.device, channels=channels)
-            meta = self.grid_codec.meta(self.data.meta["image_size"])
-            check_codec(meta, self.data.codec, f"the store {self.args.store}")
+            name, codec = self.args.codec or self.data.codec["name"], self.data.codec
+            self.grid_codec = load_codec(name, self.device, channels=codec["image_channels"])
+            check_codec(self.grid_codec.meta(self.data.meta["image_size"]), codec, f"the store {self.args.store}")
         count = sum(parameter.numel() for parameter in self.network.parameters())
         kept = min(self.args.keep + 1, -(-self.args.steps // self.args.save_every))  # one is written beside the others
         needed = 16 * count * max(1, kept - len(self.folder.checkpoints))  # weights, EMA, two moments in float32
@@ -258,20 +237,17 @@ class Trainer:
             remove_stale(self.out / "checkpoints", self.out / "samples")
         # The main process has claimed the folder; to the others, a checkpoint of just now may not show yet.
         [latest] = broadcast_object_list(self.folder.checkpoints[-1:] or [None])
-        if latest:
-            self.load(latest)
-
-    def load(self, path: Path) -> None:
-        """Take over everything from a full state."""
-        state = read_checkpoint(path)
-        load_state(self.network, state["model"], f"checkpoint {path}")
-        load_state(self.ema, state["ema"], f"checkpoint {path}")
-        with reading(f"checkpoint {path}"):
+        if not latest:
+            return
+        state, source = read_checkpoint(latest), f"checkpoint {latest}"
+        for network, name in ((self.network, "model"), (self.ema, "ema")):
+            load_state(network, state.get(name, {}), source)
+        with reading(source):
             self.optimizer.load_state_dict(state["opt"])
             self.step = state["steps"]
             if self.accelerator.is_main_process:  # the sums of all processes; the others start from zero
                 self.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
-        self.accelerator.print(f"continuing from {path} at step {self.step:,}")
+        self.accelerator.print(f"continuing from {latest} at step {self.step:,}")
 
     def prepare(self) -> None:
         """Compile the blocks, wrap the network for mixed precision and several processes, and let steps be replayed."""
@@ -288,21 +264,13 @@ class Trainer:
 
     def batches(self) -> Iterator[dict]:
         """This process's rows of each remaining step."""
-        store = self.data.train
-        steps = StepSampler(
-            len(store), self.args.batch_size, store.num_views, self.args.seed, self.step, self.args.steps, self.rows
-        )
-        if self.args.resident:
-            yield from map(store.__getitem__, steps)
-        else:
-            yield from DataLoader(
-                store,
-                sampler=steps,
-                batch_size=None,
-                num_workers=self.args.workers,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=leave_signals_alone,
-            )
+        args, store = self.args, self.data.train
+        span = args.seed, self.step, args.steps, self.rows
+        steps = StepSampler(len(store), args.batch_size, store.num_views, *span)
+        if args.resident:
+            return map(store.__getitem__, steps)
+        options = {"num_workers": args.workers, "worker_init_fn": leave_signals_alone}
+        return iter(DataLoader(store, sampler=steps, batch_size=None, pin_memory=self.device.type == "cuda", **options))
 
     def accumulate(self, batch: dict) -> Tensor:
         """Gradients of the global batch of `self.step`, by micro-batches; sums (3,) of this process's losses."""
@@ -316,15 +284,12 @@ class Trainer:
             rows = slice(start, start + self.micro_batch)
             torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index, micro, DROPOUT_STREAM))
             ends = start == 0, start + self.micro_batch == self.local_batch
-            inputs = latents[rows], take(cond, rows), draws[rows], [target[rows] for target in targets]
-            sums += self.run_micro_step(*ends, *inputs)
+            sums += self.run_micro_step(*ends, *take((latents, cond, draws, targets), rows))
         return sums
 
     def micro_step(self, first: bool, last: bool, latents: Tensor, cond: object, draws: Draws, targets: list) -> Tensor:
-        """Add a micro-batch's gradients to those before it, if not `first`; sums (3,) of its losses.
-
-        After the `last` the gradients are averaged over the processes.
-        """
+        """Add a micro-batch's gradients to those before it, if not `first`, and after the `last` average them over the
+        processes; sums (3,) of its losses."""
         if first:
             self.optimizer.zero_grad(set_to_none=True)
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -352,11 +317,9 @@ class Trainer:
             rows = rows_of_step(len(self.data.train), self.args.batch_size, self.args.seed, bad)
             remedy = "start again in another folder with a smaller --lr or --precision fp32"
             if self.folder.checkpoints:
-                remedy = f"the last good checkpoint is {self.folder.checkpoints[-1]}; " + remedy + ", from it by --init"
-            raise FloatingPointError(
-                f"the loss or the gradient of step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store); "
-                + remedy
-            )
+                remedy = f"the last good checkpoint is {self.folder.checkpoints[-1]}; {remedy}, from it by --init"
+            where = f"step {bad:,} is not finite (rows {rows[:8].tolist()}… of the store)"
+            raise FloatingPointError(f"the loss or the gradient of {where}; {remedy}")
 
     def means(self) -> dict[str, float]:
         """Means over all processes since the last line of the log."""
@@ -367,9 +330,8 @@ class Trainer:
 
     def record(self, line: dict) -> None:
         """Append a line to the log, in the main process."""
-        if not self.accelerator.is_main_process:
-            return
-        self.folder.record(line)
+        if self.accelerator.is_main_process:
+            self.folder.record(line)
         if self.wandb:
             self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
@@ -380,12 +342,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a full state; then remove the oldest."""
-        sums = self.accelerator.reduce(self.sums, "sum")
-        if not self.accelerator.is_main_process:
-            return
-        state = {"model": self.network.state_dict(), "opt": self.optimizer.state_dict(), "sums": sums.tolist()}
-        self.folder.write_checkpoint(f"{self.step:07d}", {**self.snapshot(), **state})
-        self.folder.remove_old()
+        sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        if self.accelerator.is_main_process:
+            state = {"model": self.network.state_dict(), "opt": self.optimizer.state_dict(), "sums": sums}
+            self.folder.write_checkpoint(f"{self.step:07d}", {**self.snapshot(), **state})
+            self.folder.remove_old()
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -415,8 +376,7 @@ class Trainer:
         """Write a grid of the EMA network's images from fixed noise and snippets (Euler, 50 steps)."""
         if not self.accelerator.is_main_process:
             return
-        images = torch.arange(GRID_IMAGES)
-        z = noise(self.args.seed, images, 0, self.network.latent_shape, self.device)
+        z = noise(self.args.seed, torch.arange(GRID_IMAGES), 0, self.network.latent_shape, self.device)
         cond = self.grid_condition(z)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -441,13 +401,11 @@ class Trainer:
     def run(self) -> None:
         """Train until `--steps` or a signal; log, evaluate, sample and save on the way."""
         args, main = self.args, self.accelerator.is_main_process
-        if main:
-            self.folder.rewind_log(self.step)
         self.wandb = start_wandb(args, self.out) if main and args.wandb else None
         total, done = args.steps * args.batch_size, self.step * args.batch_size
         bar = tqdm(total=total, initial=done, unit="img", disable=not main)
         began, since = time.perf_counter(), self.step
-        with StopSignal(TIMEOUT) as stop, fast_attention(self.device, self.network.pos_embed.shape[1]):
+        with bar, StopSignal(TIMEOUT) as stop, fast_attention(self.device, self.network.pos_embed.shape[1]):
             for batch in self.batches():
                 self.train_step(batch)
                 bar.update(args.batch_size)
@@ -478,7 +436,6 @@ class Trainer:
                     began += time.perf_counter() - paused
                 if leaving:
                     break
-        bar.close()
         self.run_micro_step = self.micro_step  # recordings go before the process group that they use
         how = "finished" if self.step == args.steps else "stopped by a signal; the same command continues"
         self.accelerator.print(f"{how} at step {self.step:,}: {self.out}")
@@ -487,13 +444,6 @@ class Trainer:
 def seven_digits(value: float | Tensor) -> float:
     """A figure for the log, rounded: beyond these digits the order of sums shows."""
     return float(f"{value:.7g}")
-
-
-def take(cond: object, rows: slice) -> object:
-    """Some rows of a condition: a tensor, a pair of tensors, or None."""
-    if isinstance(cond, tuple):
-        return tuple(part[rows] for part in cond)
-    return cond if cond is None else cond[rows]
 
 
 def start_wandb(args: argparse.Namespace, out: Path) -> object:
@@ -507,19 +457,12 @@ def start_wandb(args: argparse.Namespace, out: Path) -> object:
 
 def launch(args: argparse.Namespace) -> accelerate.Accelerator:
     """Join the launcher's other processes, with the precision that the command line asks for."""
-    on_gpu = torch.cuda.is_available()
-    accelerator = accelerate.Accelerator(
-        cpu=not on_gpu,
-        mixed_precision={"bf16": "bf16", "fp32": "no"}[args.precision],
-        kwargs_handlers=[
-            accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            accelerate.InitProcessGroupKwargs(timeout=TIMEOUT),
-        ],
-    )
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "accelerate and torchrun disagree"
-    if on_gpu:
+    state = join(TIMEOUT)
+    if state.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator
+    precision = {"bf16": "bf16", "fp32": "no"}[args.precision]
+    exchange = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return accelerate.Accelerator(cpu=state.device.type == "cpu", mixed_precision=precision, kwargs_handlers=[exchange])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -546,6 +489,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if accelerator.is_main_process:
             trainer.folder.note(trainer.step, provenance(argv, accelerator.num_processes))
+            trainer.folder.rewind_log(trainer.step)
         trainer.prepare()
         less = f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"
         with fitting(f"{less}; if it lasted for {WARM_STEPS} steps, --no-compile, because recording one takes more"):

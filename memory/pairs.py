@@ -131,16 +131,21 @@ class Pairs:
         return LatentDataset(store, assignment=assignment, **options)
 
     @property
-    def snippet_dim(self) -> int | None:
-        """F, or None where the network takes no snippets."""
-        return self.meta["encoders"][self.encoder]["dim"] if self.with_snippets else None
-
-    @property
-    def align_dims(self) -> tuple[int, ...]:
-        """Feature dimension of each alignment head."""
+    def align_shape(self) -> tuple[int, ...]:
+        """(T, F) of the patch tokens to align with, or nothing."""
         if self.patches:
-            return (self.meta["patches"][self.patches][1],)
-        return (self.align_encoder.dim,) if self.align_encoder else ()
+            return tuple(self.meta["patches"][self.patches])
+        return (self.align_encoder.num_patches, self.align_encoder.dim) if self.align_encoder else ()
+
+    def options(self) -> dict[str, object]:
+        """What the data say of the network: its `Options` of these names."""
+        channels, size, _ = self.codec["latent_shape"]
+        options = {"input_size": size, "in_channels": channels, "align_dims": self.align_shape[1:]}
+        if self.with_snippets:
+            options["snippet_dim"] = self.meta["encoders"][self.encoder]["dim"]
+        if self.with_labels:
+            options["num_classes"] = self.meta["num_classes"]
+        return options
 
     def latents(self, batch: dict, posterior_noise: Tensor) -> Tensor:
         """(B, C, H, W) float32, sampled from the batch's moments."""

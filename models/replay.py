@@ -65,14 +65,24 @@ def leaves(value: object) -> list[Tensor]:
     return [tensor for part in parts(value) for tensor in leaves(part)]
 
 
-def clone(value: object) -> object:
-    """The same structure with copies of its tensors."""
+def mapped(function: Callable[[Tensor], Tensor], value: object) -> object:
+    """The same structure of `function`'s results for its tensors."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return function(value)
     if value is None:
         return None
-    copies = [clone(part) for part in parts(value)]
-    return type(value)(*copies) if dataclasses.is_dataclass(value) else type(value)(copies)
+    results = [mapped(function, part) for part in parts(value)]
+    return type(value)(*results) if dataclasses.is_dataclass(value) else type(value)(results)
+
+
+def clone(value: object) -> object:
+    """The same structure with copies of its tensors."""
+    return mapped(Tensor.clone, value)
+
+
+def take(value: object, rows: slice) -> object:
+    """The same structure of some rows of its tensors."""
+    return mapped(lambda tensor: tensor[rows], value)
 
 
 def parts(value: object) -> list:

@@ -357,6 +357,15 @@ def test_a_checkpoint_of_another_kind_is_named(folder, whole, damage):
         train.main(command(folder, out, "--steps", 8))
 
 
+def test_a_snapshot_under_the_name_of_a_full_state_is_named(folder, whole):
+    out = folder / "renamed"
+    shutil.copytree(whole, out)
+    snapshot = {name: part for name, part in final(whole).items() if name not in ("model", "opt", "sums")}
+    torch.save(snapshot, out / "checkpoints" / "0000006.pt")
+    with pytest.raises(ValueError, match=r"checkpoint .*0000006\.pt does not fit this network"):
+        train.main(command(folder, out, "--steps", 8))
+
+
 def test_the_average_keeps_no_graph(folder, monkeypatch):
     trainers = []
     prepare = train.Trainer.prepare
@@ -729,6 +738,8 @@ def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
         (["--align-encoder", "toy"], "not read without --align-coeff"),
         (["--align-encoder-weights", "x.pt"], "--align-encoder-weights x.pt is not read without --align-coeff"),
         (["--clip", "-1"], "--clip > 0"),
+        (["--beta2", "1"], "0 <= --beta2 < 1"),
+        (["--model-options", "align_depth=08"], "align_depth=08: expected NAME=VALUE"),
         (["--eval-every", "-1"], "--eval-every -1"),
         (["--condition", "label"], "does not read --bank"),
     ],
