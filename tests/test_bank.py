@@ -63,6 +63,14 @@ def test_rows_are_drawn_in_proportion_to_their_frequency(draw):
     assert chisquare(counts[[0, 2, 3, 4]], 20_000 * np.array([1, 2, 3, 10]) / 16).pvalue > 1e-3
 
 
+def test_uniform_numbers_draw_each_row_as_often_as_its_frequency_says():
+    freq = torch.tensor([1, 0, 2, 0, 3])
+    low = torch.arange(6, dtype=torch.float64) / 6
+    for u in (low + 1e-9, low + 1 / 6 - 1e-9):  # both ends of each sixth
+        assert bank_of(freq).indices_from_uniform(u).tolist() == [0, 2, 2, 4, 4, 4]
+    assert bank_of(freq).indices_from_uniform(torch.zeros(1).double()).tolist() == [0]
+
+
 def test_sample_repeats_with_its_generator():
     bank = bank_of([1, 2, 3])
     one, other = (bank.sample(50, torch.Generator().manual_seed(5)) for _ in range(2))
@@ -171,7 +179,10 @@ NAN[1, 2], ZERO[2] = float("nan"), 0.0
         (SNIPPETS.long(), [1, 1, 1], None, r"bank.pth: expected one float tensor"),
         ({"network": {}, "memorybank": SNIPPETS}, [1, 1, 1], None, r"bank.pth: expected one float tensor .*got dict"),
         (SNIPPETS, [1, 1, 1], torch.tensor([[3]]), r"assignment of .*bank.pth: rows 3 to 3 of a bank of 3"),
+        (SNIPPETS, [1, 1, 1], torch.tensor([[0], [3]]), r"assignment of .*bank.pth: rows 0 to 3 of a bank of 3"),
+        (SNIPPETS, [1, 1, 1], torch.tensor([[-1], [2]]), r"assignment of .*bank.pth: rows -1 to 2 of a bank of 3"),
         (SNIPPETS, [1, 1, 1], torch.tensor([0, 1]), r"assignment of .*expected integers \(N, V\)"),
+        (SNIPPETS, [1, 1, 1], torch.tensor([[0.0]]), r"assignment of .*expected integers \(N, V\)"),
     ],
 )
 def test_a_bad_bank_is_refused_by_the_name_of_its_file(tmp_path, snippets, freq, assignment, message):

@@ -1,8 +1,10 @@
 """The store's reader: what is fetched, in which order, and what is refused."""
 
+import fcntl
 import json
 import pickle
 import shutil
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -122,6 +124,12 @@ def test_the_coin_is_fair_and_its_own_stream():
     assert first[0] != first[1]
 
 
+def test_the_order_is_that_of_earlier_versions():
+    """A run that is continued after an update must not see rows twice."""
+    assert [rows_of_step(7, 5, 3, step).tolist() for step in (1, 2)] == [[0, 4, 0, 1, 4], [3, 6, 2, 5, 2]]
+    assert views_of_step(8, 2, 3, 1).tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
+
+
 def test_processes_share_the_global_batch_and_a_step_is_a_position():
     whole = list(StepSampler(30, 8, 2, 5, 0, 6))
     parts = [list(StepSampler(30, 8, 2, 5, 0, 6, slice(4 * rank, 4 * rank + 4))) for rank in range(2)]
@@ -171,6 +179,8 @@ def test_bad_stores_are_refused_by_name(store, spoil, message):
         ("num_images", "12", "num_images is '12', expected int"),
         ("num_images", True, "num_images is True, expected int"),
         ("image_size", -1, "image_size is -1, expected int"),
+        ("num_views", 0, "num_views is 0, expected int"),
+        ("image_channels", 0, "image_channels is 0, expected int"),
         ("encoders", [], r"encoders is \[\], expected dict"),
         ("fingerprint", None, "fingerprint is None, expected str"),
         ("views", ["original"], r"it names the views \['original'\], but num_views is 2"),
@@ -219,6 +229,24 @@ def test_stage_copies_once_and_notices_changes(store, tmp_path, capsys):
     write_store(store, fingerprint="b" * 64)
     with pytest.raises(ValueError, match="holds another store"):
         stage(store, fast)
+
+
+def test_stage_takes_the_name_of_the_folder_that_it_is_called_in(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(store)
+    assert stage(".", tmp_path / "fast") == tmp_path / "fast" / "store"
+
+
+def test_stage_waits_for_another_process_that_copies(store, tmp_path):
+    (tmp_path / "fast" / "store").mkdir(parents=True)
+    copying = threading.Thread(target=stage, args=(store, tmp_path / "fast"))
+    with open(tmp_path / "fast" / "store" / ".staging", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copying.start()
+        copying.join(0.3)
+        assert copying.is_alive()
+        assert [path.name for path in (tmp_path / "fast" / "store").iterdir()] == [".staging"]
+    copying.join()
+    assert len(LatentDataset(tmp_path / "fast" / "store")) == N
 
 
 def test_held_out_images_lie_beside_the_store_and_not_beside_a_link_to_it(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_statistics_in_batches_equal_numpy_even_far_from_zero():
         for batch in np.array_split(rows, 5):
             part.update(torch.from_numpy(batch))
     total = Statistics(7)
-    for part in parts:
+    for part in (Statistics(7), *parts):  # a process may have had no image
         total.combine(part.count, part.mean, part.scatter)
     assert total.count == 100
     np.testing.assert_allclose(total.mean, features.mean(0), rtol=1e-14)
@@ -106,6 +106,7 @@ def test_inception_score_is_the_mean_over_splits_of_which_the_last_may_be_short(
     probs = np.concatenate([np.eye(10)[np.arange(50) % 10], np.eye(10)[np.arange(20) % 2]])
     assert inception_score(probs, split_size=50) == pytest.approx((10 + 2) / 2)
     assert inception_score(np.tile(np.eye(10)[[0]], (5001, 1))) == pytest.approx(1)
+    assert inception_score(np.eye(10)[np.arange(5001) % 10]) == pytest.approx((10 + 1) / 2)  # ADM's splits of 5,000
     with pytest.raises(ValueError, match="N > 0"):
         inception_score(np.empty((0, 10)))
 
@@ -183,6 +184,14 @@ def test_kid_equals_the_definition_in_loops():
     expected = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
     assert kid(x, y) == pytest.approx(expected, rel=1e-12)
     assert kid(x, y, block=4) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_needs_two_of_each():
+    one, two = np.zeros((1, 4)), np.zeros((2, 4))
+    assert kid(two, two) == pytest.approx(0)
+    for sides in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="at least 2 on each side"):
+            kid(*sides)
 
 
 def test_kid_of_equal_distributions_is_near_zero_and_grows_with_a_shift():

@@ -1,6 +1,8 @@
 """The samplers against Gaussian data, whose velocity, flow and reverse process have closed forms; the noise against its
 published test vectors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,8 @@ def test_guidance():
 
     asked.clear()
     assert torch.equal(guided(strong, weak, 2.5, interval=(0.3, 0.4))(x, t), strong(x, t))
+    for interval in ((0.0, 0.4), (0.6, 1.0)):
+        assert torch.equal(guided(strong, weak, 2.5, interval)(x[2:3], t[2:3]), strong(x, t)[2:3])
     assert not asked, "the weaker velocity was evaluated where it is not used"
 
 
@@ -180,6 +184,14 @@ def test_noise_is_the_box_muller_transform_of_philox_at_its_address():
     pairs = np.sqrt(-2 * np.log(u[:, ::2])) * np.exp(2j * np.pi * u[:, 1::2])
     expected = np.stack([pairs.real, pairs.imag], axis=-1).flatten()[:6]
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+
+
+def test_noise_is_finite_at_the_ends_of_the_generator(monkeypatch):
+    """50,000 images of 250 steps take 5e10 words of 2³² possible ones: a word of zeros comes a dozen times."""
+    words = [torch.tensor([word]) for word in (0, 0, 2**32 - 1, 2**32 - 1)]
+    monkeypatch.setattr(s, "philox", lambda counter, key: words)
+    outermost = math.sqrt(2 * 33 * math.log(2))  # of u = 2⁻³³
+    assert s.normals_of((), ())[0].tolist() == pytest.approx([outermost, 0, 2**-16, 0], rel=1e-6, abs=1e-8)
 
 
 def test_noise_depends_on_its_address_only():
@@ -222,6 +234,23 @@ def test_uniform_is_uniform_and_apart_from_the_noise():
     assert abs(np.corrcoef(u, uniform(0, images, 1))[0, 1]) < 0.013
     assert abs(np.corrcoef(u, noise(0, images, 0, (1,))[:, 0].abs())[0, 1]) < 0.013
     assert torch.equal(uniform(0, images[[7, 5]], 0), u[[7, 5]])
+
+
+def test_uniform_is_philox_at_its_address():
+    seed, image, draw = 5 + 7 * 2**32, 123_456, s.LABEL_DRAW
+    high, low, *_ = s.philox(tuple(torch.tensor([word]) for word in (0, draw, image, 1)), (5, 7))
+    expected = (high.item() * 2**21 + low.item() // 2**11) / 2**53
+    assert uniform(seed, torch.tensor([image]), draw).item() == expected
+
+
+def test_label_and_snippet_of_an_image_are_drawn_apart():
+    assert (s.SNIPPET_DRAW, s.LABEL_DRAW) == (0, 1)  # as in earlier versions: a run may be continued
+
+
+def test_images_may_be_numbered_by_any_integers():
+    images = torch.tensor([3, 70_000, 2_000_000_000])
+    assert torch.equal(noise(1, images.int(), 2, (5,)), noise(1, images, 2, (5,)))
+    assert torch.equal(uniform(1, images.int(), 2), uniform(1, images, 2))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
