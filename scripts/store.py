@@ -9,6 +9,7 @@ unfinished and such images are named, or (`--skip-broken`) the last rows move in
 much shorter. That order depends only on the source, and the move can be stopped and repeated at any point.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -96,7 +97,8 @@ class Job:
                 present[key] = {name: value for name, value in present[key].items() if name in self.meta[key]}
             self.compare(present)
             return None
-        if not self.extends and any(file.name != CLAIM for file in self.path.glob("*")):
+        remove_stale(self.path / PROGRESS)  # a run may have been killed before its first note was whole
+        if not self.extends and any(file.is_file() and file.name != CLAIM for file in self.path.rglob("*")):
             raise ValueError(f"--out {self.path} is neither empty nor a store: choose another folder")
         return Progress(np.zeros(len(self.rows), bool))
 
@@ -112,16 +114,20 @@ class Job:
             )
 
     def reserve(self) -> None:
-        """Make the files that do not exist yet, all their blocks allocated, so that a full disk shows now and not after
-        hours; then note the job."""
-        arrays = layout(self.meta)
+        """Note the job, then make the files that do not exist yet, all their blocks allocated, so that a full disk
+        shows now and not after hours; it leaves nothing behind."""
+        arrays, note = layout(self.meta), self.path / PROGRESS / JOB
         remove_stale(*{(self.path / file).parent for file in (META, *arrays)})
-        if not (self.path / PROGRESS / JOB).exists():
-            shutil.rmtree(self.path / PROGRESS, ignore_errors=True)  # of an earlier job, stopped while it cleaned up
-        for file in self.files:
-            if not (self.path / file).exists():
-                reserve_array(self.path / file, *arrays[file])
-        write_json(self.path / PROGRESS / JOB, self.meta)
+        with contextlib.ExitStack() as undo:
+            if not note.exists():
+                shutil.rmtree(note.parent, ignore_errors=True)  # of an earlier job, stopped while it cleaned up
+                undo.callback(shutil.rmtree, note.parent, ignore_errors=True)
+            write_json(note, self.meta)
+            for file in self.files:
+                if not (self.path / file).exists():
+                    reserve_array(self.path / file, *arrays[file])
+                    undo.callback((self.path / file).unlink)
+            undo.pop_all()
 
     def finish(self, progress: Progress, source: Source, made: dict) -> None:
         """Leave out the broken rows, write names, labels and, last of all, meta.json, which the job becomes, with where

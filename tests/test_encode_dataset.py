@@ -368,6 +368,42 @@ def test_a_killed_run_continues_to_the_same_store(folder, tmp_path, monkeypatch,
     assert not written
 
 
+@pytest.mark.parametrize("ends", ["noting", "killed", "full"])
+def test_a_run_that_ends_while_it_reserves_its_files_is_repeated(folder, encoded, weights, tmp_path, monkeypatch, ends):
+    """In the first note or at the second of three files: killed, which leaves what there is; or on a full disk, which
+    leaves nothing."""
+    flags = ("--views", 2, "--holdout", 0.3, "--encoder", TINY, "--encoder-weights", weights, "--patches")
+    reserve, reserved = store.reserve_array, []
+
+    def second(path, *what):
+        reserved.append(path.name)
+        if len(reserved) == 2 and ends == "killed":
+            os._exit(9)
+        if len(reserved) == 2:
+            raise ValueError("cannot reserve")
+        reserve(path, *what)
+
+    def note(path, value):
+        with store.atomic(path) as part:
+            part.write_text("half a no")
+            os._exit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "reserve_array", second)
+        if ends == "noting":
+            patch.setattr(store, "write_json", note)
+        if ends == "full":
+            with pytest.raises(ValueError, match="cannot reserve"):
+                run(folder, tmp_path / "s", *flags)
+            assert not [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
+        else:
+            killed(monkeypatch, 0, folder, tmp_path / "s", *flags)
+            assert (tmp_path / "s" / "latents.npy").exists() == (ends == "killed")
+    run(folder, tmp_path / "s", *flags)
+    for part in ("", "-holdout"):
+        assert content(tmp_path / f"s{part}") == content(encoded.with_name(f"encoded{part}"))
+
+
 def test_two_processes_continue_to_the_store_of_one(folder, encoded, weights, tmp_path, monkeypatch, environment, root):
     flags = ("--views", 2, "--holdout", 0.3, "--encoder", TINY, "--encoder-weights", weights, "--patches")
     write = store.Writer.write
