@@ -3,7 +3,8 @@
 Products of float16 copies, summed in float32, are off by at most a bound that `_error` states. Columns whose score lies
 within twice this bound of the best are *candidates*; there is nearly always one. Their cosines are computed without
 any error (memory/kmeans.py) and decide; a row with more candidates than the kernels keep is assigned by the plain path.
-So labels are those of the plain path, bit for bit, as long as tensor cores add at least as well as `_error` assumes.
+So labels are those of the plain path, bit for bit, as long as tensor cores add at least as well as `_error` assumes
+and kernels do what they say; `check_labels` looks at some rows of every search.
 
 Between passes each row keeps an upper bound on its cosine with all centroids but its own. What has not moved is not
 searched again, unless the row's own centroid moved away so far that the bound no longer holds off the others (the
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from memory.kernels import best_tiles, candidates
-from memory.kmeans import assign_plain, cosines
+from memory.kmeans import BLOCK, assign_plain, cosines, full_precision, rounding, sums_plain
+from memory.trust import Disagreement
 
 CHUNK = 65536  # rows converted at once
 ALIGNMENT = 64  # of the width: one step of the products
+COMPARED = 5000, 64  # of so many rows one is compared with the plain path, and at least so many rows
 TWIN = 1 - 2.0**-20  # cosines of unit rows rounded to 2⁻²⁴ with themselves lie above it
 
 
@@ -199,3 +202,39 @@ class Search:
             label[crowded] = assign_plain(self.features[crowded], self.centroids)
             cosine[crowded] = cosines(self.features, self.centroids, label[crowded], crowded)
         return label, cosine
+
+
+def check_labels(features: torch.Tensor, centroids: torch.Tensor, label: torch.Tensor, searches: int) -> None:
+    """Raise Disagreement unless `label` (N,) names centroids (K, F) as near as any to some of the rows (N, F).
+
+    The rows lie all over the data, at every place of a kernel's tile, and differ from one of the `searches` to the
+    next; the first, in which all rows are searched, is compared most. Nearness is that of `assign_plain` within its
+    error.
+    """
+    share, least = COMPARED
+    step = max(1, len(features) // (least if searches else max(least, len(features) // share))) | 1  # odd
+    rows = torch.arange(searches % step, len(features), step, device=features.device)
+    some, nearest = features[rows], cosines(features, centroids, label[rows], rows)
+    with full_precision():
+        best = [(some @ part.T).amax(1) for part in centroids.split(BLOCK[features.device.type][1])]
+    missed = torch.stack(best).amax(0).double() - nearest
+    margin = rounding(features)
+    if not (missed <= margin).all():
+        worst = missed.argmax()
+        raise Disagreement(
+            f"{len(features):,} rows × {len(centroids):,} centroids of {features.shape[1]}, the cosine of row "
+            f"{rows[worst]} and its centroid is off by {missed[worst]:.2g}; {margin:.2g} is allowed"
+        )
+
+
+def check_sums(features: torch.Tensor, cluster: torch.Tensor, sums: torch.Tensor) -> None:
+    """Raise Disagreement unless up to 64 of the `sums` (K, F), one in a hundred or fewer, are those of the rows (N, F)
+    of their `cluster` (N,), bit for bit."""
+    chosen = torch.arange(0, len(sums), max(100, len(sums) // 64) | 1, device=sums.device)
+    place = torch.full((len(sums) + 1,), -1, device=sums.device)  # the last is of the cluster -1
+    place[chosen] = torch.arange(len(chosen), device=sums.device)
+    error = (sums[chosen] - sums_plain(features, place[cluster], len(chosen))).abs()
+    if not (error == 0).all():
+        raise Disagreement(
+            f"{len(features):,} rows of {features.shape[1]} in {len(sums):,} clusters, one sum is off by {error.max()}"
+        )

@@ -6,7 +6,8 @@ for up to 2²⁹ rows, so the order of summation cannot matter. Assignments come
 bound; rows that it leaves in doubt are decided by exact cosines. The plain path (`assign_plain`) multiplies blocks in
 float32 and rests on IEEE arithmetic alone. On a GPU of the Hopper generation or later memory/fused.py multiplies in
 float16 without storing scores; that its labels are the same, bit for bit, rests also on how tensor cores add, as stated
-at `fused._error`. What is left, lengths and quotients, is computed in an order of its own (`ordered_sum`).
+at `fused._error`; some of its results are compared with the plain path's, which takes over where they differ or kernels
+fail. What is left, lengths and quotients, is computed in an order of its own (`ordered_sum`).
 
 Memory for N rows on this process: features in float32 (4·N·F bytes; 8·N·F with the float16 copies of memory/fused.py),
 centroids before and after an update in float32 and their sums in float64 (16·K·F in all: 7.9 GB at K = 640,000,
@@ -23,9 +24,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from memory.trust import distrust, distrusted
+
 GRID = 2.0**24
 BLOCK = {"cpu": (2048, 2048), "cuda": (16384, 32768)}  # rows × centroids of one product; no result depends on it
 ROWS = 4096  # rows whose float64 copy is held at once
+SEARCH, SUMS = "memory/fused.py", "memory/kernels.py"  # the kernels' files
 
 
 @dataclass(frozen=True)
@@ -138,18 +142,35 @@ def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.T
 
     It takes the normalised centroids (K, F) and, as a hint, for each row a centroid that may be the nearest or -1 (N,),
     and returns the labels (N,) long, the lowest number among equals, and their exact cosines (N,) float64. Both are the
-    same from `fused.Search`, taken where the device has what it needs, and from `assign_plain`.
+    same from `fused.Search`, taken where the device has what it needs and as long as it proves right, and from
+    `assign_plain`.
     """
-    if fused(features.device):
-        from memory.fused import Search  # imports Triton, which not every machine has
+    search, searches = None, 0
 
-        return Search(features)
+    def find(centroids: torch.Tensor, guess: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal search, searches
+        if fused(features.device) and SEARCH not in distrusted:
+            try:
+                from memory.fused import Search, check_labels  # import Triton, which not every machine has
 
-    def plain(centroids: torch.Tensor, guess: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                search = search or Search(features)
+                label, cosine = search(centroids, guess)
+                check_labels(features, centroids, label, searches)
+                searches += 1
+                return label, cosine
+            except Exception as error:
+                leave_out(SEARCH, error, features.device)
+            search = None  # its memory goes back
         label = assign_plain(features, centroids)
         return label, cosines(features, centroids, label)
 
-    return plain
+    return find
+
+
+def leave_out(kernels: str, error: Exception, device: torch.device) -> None:
+    """Take the plain path in place of these kernels from now on, and warn of it."""
+    distrusted.add(kernels)
+    distrust(kernels, error, device, "k-means takes the plain path, slower")
 
 
 def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -163,15 +184,14 @@ def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 def assign_plain(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """`assign` by blocks of float32 scores, on any device.
 
-    A float32 product of F terms is off by at most F·2⁻²⁴ (1 + F·2⁻²⁴) times the product of the lengths, whatever the
-    order of summation (Higham, Accuracy and Stability, §3.1); rows whose best two scores are closer than twice that are
-    scored again in float64, where cosines of such rows have no error.
+    Rows whose best two scores are closer than both could be off (`rounding`) are scored again in float64, where cosines
+    of such rows have no error.
     """
     rows, columns = BLOCK[features.device.type]
-    margin = 2.01 * features.shape[1] / GRID
+    margin = 2 * rounding(features)
     index = torch.empty(len(features), dtype=torch.long, device=features.device)
     unsure = torch.empty(len(features), dtype=torch.bool, device=features.device)
-    with _full_precision():
+    with full_precision():
         for start in range(0, len(features), rows):
             some = slice(start, start + rows)
             best, second, index[some] = _best_two(features[some], centroids, columns)
@@ -179,6 +199,12 @@ def assign_plain(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tenso
     for some in unsure.nonzero().squeeze(1).split(rows):
         _, _, index[some] = _best_two(features[some].double(), centroids, columns)
     return index
+
+
+def rounding(features: torch.Tensor) -> float:
+    """The most that a float32 cosine of normalised rows (N, F) can be off: F·2⁻²⁴ (1 + F·2⁻²⁴) times the product of the
+    lengths, whatever the order of summation (Higham, Accuracy and Stability, §3.1)."""
+    return 1.005 * features.shape[1] / GRID
 
 
 def _best_two(
@@ -199,7 +225,7 @@ def _best_two(
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Switch off TF32 and bfloat16 inside float32 products: the error bound of `assign` counts on float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -305,10 +331,21 @@ def _updated(
 
 def cluster_sums(features: torch.Tensor, cluster: torch.Tensor, clusters: int) -> torch.Tensor:
     """Exact sums (K, F) float64 of the rows (N, F) of each of K clusters; rows of cluster -1 (N,) are left out."""
-    if fused(features.device):
-        from memory.kernels import cluster_sums as sorted_sums
+    if fused(features.device) and SUMS not in distrusted:
+        try:
+            from memory.fused import check_sums
+            from memory.kernels import cluster_sums as sorted_sums
 
-        return sorted_sums(features, cluster, clusters)
+            sums = sorted_sums(features, cluster, clusters)
+            check_sums(features, cluster, sums)
+            return sums
+        except Exception as error:
+            leave_out(SUMS, error, features.device)
+    return sums_plain(features, cluster, clusters)
+
+
+def sums_plain(features: torch.Tensor, cluster: torch.Tensor, clusters: int) -> torch.Tensor:
+    """`cluster_sums` on any device."""
     sums = torch.zeros(clusters, features.shape[1], dtype=torch.float64, device=features.device)
     for rows in (cluster >= 0).nonzero().squeeze(1).split(ROWS):
         sums.index_add_(0, cluster[rows], features[rows].double())

@@ -50,6 +50,11 @@ def forced(on):
     return mock.patch.object(memory.kmeans, "fused", return_value=on)
 
 
+def trusting():
+    """As in a process in which no kernel has failed yet."""
+    return mock.patch.object(memory.kmeans, "distrusted", set())
+
+
 def check_tiles(device):
     """The best tiles are those of float64, at once, in windows or in splits, by the portable kernel and Hopper's."""
     import memory.kernels
@@ -74,8 +79,9 @@ def check_runs(device):
         features = features.to(device)
         with forced(False):
             plain = kmeans(features, k, passes)
-        with forced(True):
+        with forced(True), trusting():
             ours = kmeans(features, k, passes)
+            assert not memory.kmeans.distrusted
             given = kmeans(features, k, passes, init=plain.centroids)  # nothing is guessed here
         assert torch.equal(ours.centroids, plain.centroids), name
         assert torch.equal(ours.assignment, plain.assignment), name
@@ -175,7 +181,54 @@ def check_error(device):
         assert (values[0] - exact).abs().amax() <= _error(halves(unit), halves(unit))
 
 
-CHECKS = [check_tiles, check_runs, check_bounds, check_skipping, check_error]
+def second_tiles(right):
+    """`best_tiles` without the best tile of every seventh row."""
+
+    def wrong(rows, columns):
+        values, tiles = right(rows, columns)
+        values[:3, ::7], tiles[:2, ::7] = values[1:, ::7].clone(), tiles[1:, ::7].clone()
+        return values, tiles
+
+    return wrong
+
+
+def last_zero(right):
+    """`cluster_sums` without the last component."""
+
+    def wrong(*given):
+        sums = right(*given)
+        sums[:, -1] = 0
+        return sums
+
+    return wrong
+
+
+def check_wrong(device):
+    """Kernels that err in some rows or sums are noticed, told of once, and change nothing."""
+    import memory.fused
+    import memory.kernels
+
+    features = clumps(300, 40, 300, 1.0).to(device)
+    with forced(False):
+        plain = kmeans(features, 270, 2)
+    for module, name, wrong, told in (
+        (
+            memory.fused,
+            "best_tiles",
+            second_tiles,
+            "memory/fused.py are wrong: 300 rows × 270 centroids of 40, the cosine",
+        ),
+        (memory.kernels, "cluster_sums", last_zero, "memory/kernels.py are wrong: 300 rows of 40 in"),
+    ):
+        broken = mock.patch.object(module, name, wrong(getattr(module, name)))
+        with forced(True), trusting(), broken, pytest.warns(UserWarning, match=told) as warned:
+            ours = kmeans(features, 270, 2)
+        assert len(warned) == 1
+        assert torch.equal(ours.centroids, plain.centroids)
+        assert torch.equal(ours.assignment, plain.assignment)
+
+
+CHECKS = [check_tiles, check_runs, check_bounds, check_skipping, check_error, check_wrong]
 
 
 @pytest.mark.gpu
@@ -216,3 +269,54 @@ def test_the_plain_path_is_taken_where_something_is_missing(monkeypatch):
     for missing in ({"capability": (8, 9)}, {"compiler": None}, {"triton": False}):
         machine(**missing)
         assert not memory.kmeans.fused(on_gpu), missing
+
+
+class Missing:
+    """A search on a GPU that lacks something."""
+
+    asked = 0
+
+    def __init__(self, features):
+        Missing.asked += 1
+        raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_search_that_fails_is_not_tried_again():
+    pytest.importorskip("triton")
+    features, centroids = normalised(clumps(200, 16, 20)), normalised(clumps(30, 16, 20))
+    told = pytest.warns(UserWarning, match="shared memory; k-means takes the plain path")
+    with forced(True), trusting(), mock.patch("memory.fused.Search", Missing), told as warned:
+        found = [assign(features, centroids) for _ in range(2)]
+    assert len(warned) == Missing.asked == 1
+    assert all(torch.equal(labels, assign_plain(features, centroids)) for labels in found)
+
+
+@pytest.mark.parametrize(("rows", "searches"), [(0, 0), (1, 3), (63, 1), (400, 0), (400, 1), (400, 60)])
+def test_labels_are_compared_all_over_the_rows(rows, searches):
+    """Right ones pass; an error in one row of eight is seen at any size, whichever rows are looked at."""
+    fused = pytest.importorskip("memory.fused")
+    features, centroids = normalised(clumps(rows, 16, 20)), normalised(clumps(30, 16, 20))
+    label = assign_plain(features, centroids)
+    fused.check_labels(features, centroids, label, searches)
+    label[::8] = (features @ centroids.T).topk(2).indices[::8, 1]
+    if rows:
+        with pytest.raises(fused.Disagreement):
+            fused.check_labels(features, centroids, label, searches)
+
+
+def test_the_rows_that_are_compared_lie_at_every_place_of_a_tile():
+    """256 of ImageNet's in the first search and 64 in others: the cost is a fixed share of theirs."""
+    fused = pytest.importorskip("memory.fused")
+    seen = []
+
+    def rows_of(features, centroids, label, rows):
+        seen.append(rows)
+        return torch.ones(len(rows), dtype=torch.float64)
+
+    features, centroids = torch.zeros(1_281_167, 1), torch.zeros(2, 1)
+    with mock.patch.object(fused, "cosines", rows_of):
+        for searches in (0, 1):
+            fused.check_labels(features, centroids, torch.zeros(len(features), dtype=torch.long), searches)
+    assert [len(rows) for rows in seen] == [256, 64]
+    assert set((seen[0] % 128).tolist()) == set(range(128))
+    assert seen[1][0] == 1
