@@ -40,9 +40,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import FORMAT, LABELS, NAMES, PROGRESS, holdout_path, layout, read_meta
+from dataset import FORMAT, LABELS, META, NAMES, PROGRESS, holdout_path, layout, read_meta
 from memory.claim import claimed
 from memory.command import execute
+from memory.files import read_json
 from memory.processes import from_main, join
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
@@ -57,6 +58,7 @@ LOOKED_AT = 32  # images of a source that are looked at beforehand
 LARGE_BYTES = 100e9  # patch tokens beyond this get a warning
 COMPILE_FROM = 30_000  # images a process, from which a minute of compiling is worth it
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MADE = {"source_hash": str, "holdout": {"part": str, "fraction": float}, "precision": str, "upright": bool}
 PATIENCE = datetime.timedelta(days=7)  # processes wait for each other this long: shares may differ by hours
 
 
@@ -110,7 +112,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, state = parse(argv), join(PATIENCE)
     if args.add:
-        args.precision, args.upright = (read_meta(args.out)[key] for key in ("precision", "upright"))
+        made = read_made(args.out)
+        args.precision, args.upright = made["precision"], made["upright"]
     args.precision = args.precision or default_precision()
     source = from_main(state, lambda: open_source(args.source))
     source.upright = args.upright
@@ -186,11 +189,11 @@ def new_jobs(args: argparse.Namespace, source: Source, codec: Codec, encoder: En
 
 def jobs_to_add(args: argparse.Namespace, source: Source, encoder: Encoder) -> list[Job]:
     """What is missing of an encoder's features (and patch tokens) in a store and its held-out part."""
-    meta = read_meta(args.out)
+    meta = read_made(args.out)
     split = meta["holdout"]["part"] == "training" and meta["holdout"]["fraction"] > 0
     number, jobs = {name: i for i, name in enumerate(source.names)}, []
     for path in (args.out, holdout_path(args.out)) if split else (args.out,):
-        meta = read_meta(path)
+        meta = read_made(path)
         if meta["source_hash"] != source.hash:
             raise ValueError(f"{path} was made from other images than {source.path} now holds: name its own source")
         present = meta["encoders"].get(encoder.name, encoder.meta())
@@ -204,6 +207,11 @@ def jobs_to_add(args: argparse.Namespace, source: Source, encoder: Encoder) -> l
             names = (path / NAMES).read_bytes().decode(errors="surrogateescape").rstrip("\n").split("\n")
             jobs.append(Job(path, np.array([number[name] for name in names]), wanted, files, extends=True))
     return jobs
+
+
+def read_made(path: Path) -> dict:
+    """A store's meta.json with what --add reads of how it was made."""
+    return read_meta(path) | read_json(path / META, **MADE)
 
 
 def name_fraction(name: str) -> float:

@@ -92,7 +92,7 @@ class Job:
             self.compare(read_json(self.path / PROGRESS / JOB))
             return Progress.merged(self.path / PROGRESS, len(self.rows))
         if not self.extends and (self.path / META).is_file():
-            present = read_json(self.path / META)
+            present = read_json(self.path / META, encoders=dict, patches=dict)
             for key in ("encoders", "patches"):  # there may be more of them by now
                 present[key] = {name: value for name, value in present[key].items() if name in self.meta[key]}
             self.compare(present)

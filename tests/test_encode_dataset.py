@@ -183,6 +183,18 @@ def test_an_encoder_added_later_equals_one_given_at_once(folder, encoded, weight
     assert runs[1]["command"][1:4] == [str(folder), "--out", str(tmp_path / "later")]
 
 
+@pytest.mark.parametrize("key", ["source_hash", "holdout", "precision", "upright", "encoders"])
+def test_a_damaged_meta_file_is_named(folder, weights, tmp_path, key):
+    """Also by the original command, of what it reads there before it compares."""
+    run(folder, tmp_path / "s")
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    (tmp_path / "s" / "meta.json").write_text(json.dumps({**meta, key: None}))
+    with pytest.raises(ValueError, match=rf"meta\.json: {key} is None"):
+        run(folder, tmp_path / "s", "--add", TINY, "--encoder-weights", weights, codec=None)
+    with pytest.raises(ValueError, match=rf"{key}.* (is|was) None"):
+        run(folder, tmp_path / "s")
+
+
 def test_a_vae_store_holds_mean_and_std(folder, tmp_path):
     from diffusers import AutoencoderKL
 
