@@ -16,6 +16,16 @@ from evaluations.card import table
 from memory.command import execute
 from memory.files import atomic, read_json
 
+# What is read of a result; see `check_form`. Other commands' results, in the same folder, have none of OWN.
+RESULT = {
+    "metrics": {str: float},
+    "protocol": str,
+    "reference": {"path": str, "sha256": str},
+    "network": {"name": str},
+    "same_family_as_snippets": bool,
+    "samples": [{"made": {"settings": ({"training_steps": (int, None)}, None)}}],
+}
+OWN = {"metrics", "protocol", "reference"}
 Curve = list[tuple[int, dict[str, float]]]  # training steps and the metrics at them, ascending
 
 
@@ -40,19 +50,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The results in a folder by protocol; ValueError if there is none."""
+    """The results in a folder by protocol; ValueError if there is none, or one is damaged."""
     curves = {}
     for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
-        steps = [sampled["made"].get("settings", {}).get("training_steps") for sampled in result.get("samples", [])]
-        if steps and steps[0] is not None:
-            curves.setdefault(protocol(result), []).append((steps[0], result["metrics"]))
+        if not read_json(path).keys() & OWN:
+            continue
+        result = read_json(path, **RESULT)
+        if not (result["samples"] and any(map(is_distance, result["metrics"]))):
+            raise ValueError(f"{path}: it has no samples or no distance; restore or remove it")
+        steps = (result["samples"][0]["made"].get("settings") or {}).get("training_steps")
+        if steps is not None:
+            curves.setdefault(protocol(result), []).append((steps, result["metrics"]))
     if not curves:
         raise ValueError(
             f"{folder}: no results of samples that say how long their network was trained; first run "
             "`bash scripts/evaluate.sh RUN --quick`"
         )
     return {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items()}
+
+
+def is_distance(metric: str) -> bool:
+    """Whether a metric is a Fréchet distance, by its name."""
+    return metric.startswith(("FID", "FD"))
 
 
 def protocol(result: dict) -> str:
@@ -70,12 +89,9 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, curve in curves.items():
-        metric = next(key for key in curve[0][1] if key.startswith(("FID", "FD")))
-        axes.plot(
-            *zip(*((step, metrics[metric]) for step, metrics in curve), strict=True),
-            marker="o",
-            label=f"{metric}: {name}",
-        )
+        distances = [next(filter(is_distance, metrics)) for _, metrics in curve]  # the same of all, or they are damaged
+        values = [metrics[distance] for distance, (_, metrics) in zip(distances, curve, strict=True)]
+        axes.plot([step for step, _ in curve], values, marker="o", label=f"{distances[0]}: {name}")
     axes.set(xlabel="training steps", ylabel="distance")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

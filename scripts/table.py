@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in parse(argv).results:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: evaluations.evaluator writes such files (--out)")
-        result = read_json(path)
-        if "metrics" not in result:
+        if "metrics" not in read_json(path):
             raise ValueError(f"{path} is no result of evaluations.evaluator: it has no metrics")
+        result = read_json(path, metrics={str: float}, num_samples=int)
         rows.append({"samples": path.stem, "N": f"{result['num_samples']:,}"})
         rows[-1] |= {name: f"{value:.4g}" for name, value in result["metrics"].items()}
     print(table(rows))
