@@ -19,7 +19,11 @@ class Disagreement(Exception):
 def distrust(kernels: str, error: Exception, device: torch.device, remedy: str) -> None:
     """Warn that the kernels of the file `kernels` are left out because of `error`, and of what is done instead."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    release = getattr(sys.modules.get("triton"), "__version__", "missing")
     lines = str(error).strip().splitlines() or [""]
     why = f"are wrong: {lines[0]}" if isinstance(error, Disagreement) else f"fail: {type(error).__name__}: {lines[-1]}"
-    warnings.warn(f"on {gpu} with Triton {release} the kernels of {kernels} {why}; {remedy}", stacklevel=3)
+    warnings.warn(f"on {gpu} with Triton {triton_release()} the kernels of {kernels} {why}; {remedy}", stacklevel=3)
+
+
+def triton_release() -> str:
+    """The version of Triton in this process."""
+    return getattr(sys.modules.get("triton"), "__version__", "missing")

@@ -111,8 +111,7 @@ def first_velocity(
     network: SiT, options: dict[str, object], x: Tensor, c: Tensor, return_tokens: bool = False
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """`SiT.velocity` of a first call, which chooses what computes it and all later ones."""
-    names = "x", "branch", "gate", "bias", "c"
-    packed = trusted(network, can_pack(x.device), dict(zip(names, (*entrance(network, x), c), strict=True)))
+    packed = trusted(network, can_pack(x.device), entrance(network, x) | {"c": c})
     torch.cuda.empty_cache()  # of what only the choice took
     del network.velocity
     if packed is None:
@@ -125,14 +124,14 @@ def first_velocity(
     return network.velocity(x, c, return_tokens)
 
 
-def entrance(network: SiT, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first block's x, branch (B, T, D), gate (B, D) and bias (D,), from x (B, C, H, W)."""
+def entrance(network: SiT, x: Tensor) -> dict[str, Tensor]:
+    """What the first block is given for x (B, C, H, W), but for c: x and branch (B, T, D), gate (B, D), bias (D,)."""
     branch = network.x_embedder(x).contiguous()  # the patches are the branch that joins the positions
     x, gate = network.pos_embed.expand_as(branch).contiguous(), branch.new_ones(len(x), branch.shape[-1])
     bias = nn.Parameter(torch.zeros_like(network.blocks[0].mlp.fc2.bias))
     if torch.is_grad_enabled():  # gradients that nobody reads: with them the first block has the graph of the others
         x, gate = x.requires_grad_(), gate.requires_grad_()
-    return x, branch, gate, bias
+    return {"x": x, "branch": branch, "gate": gate, "bias": bias}
 
 
 def fused_velocity(
@@ -140,7 +139,7 @@ def fused_velocity(
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """`SiT.velocity`, with each residual added by the kernel that normalises it for the next branch."""
     tokens = []
-    x, branch, gate, bias = entrance(network, x)  # (B, T, D), (B, T, D), (B, D), (D,)
+    x, branch, gate, bias = entrance(network, x).values()  # (B, T, D), (B, T, D), (B, D), (D,)
     run = partial(checkpointed, run_block) if network.checkpoint_activations else run_block
     for depth, block in enumerate(network.blocks, start=1):
         x, branch, gate = run(block, x, branch, gate, bias, c)  # (B, T, D), (B, T, D), (B, D)

@@ -1,8 +1,10 @@
 """Kernels that are wrong or fail are noticed before anything trains or samples with them, and PyTorch takes over."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
+from memory.trust import triton_release
 from models import agreement, kernels, update
 from models.sit import SiT, SiT_models
 
@@ -38,10 +41,9 @@ def choice(network, packed=False, precision=HALF, device="cpu"):
     state = torch.get_rng_state()
     with warnings.catch_warnings(record=True) as told, torch.autocast(device, precision, precision is not None):
         warnings.simplefilter("always")
-        inputs = dict(zip(("x", "branch", "gate", "bias", "c"), (*kernels.entrance(network, x), c), strict=True))
-        chosen = agreement.trusted(network, packed, inputs)
+        chosen = agreement.trusted(network, packed, kernels.entrance(network, x) | {"c": c})
     assert torch.equal(torch.get_rng_state(), state)
-    return chosen, [str(warning.message) for warning in told]
+    return chosen, [str(warning.message) for warning in told if "models/" in str(warning.message)]
 
 
 def plain_join(x, branch, gate, shift, scale, bias, eps):
@@ -177,6 +179,20 @@ def check_update():
                 assert not update.Update(torch.nn.Linear(3, 3), 1e-3, 0.999, 1.0, 0.9).kernel
 
 
+def check_benchmark():
+    """The table has a row for each use of a network, whose kernels agree; attention is a GPU's."""
+    from benchmarks import bench_agreement
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(SiT_models, small=lambda **given: make_network()):
+        bench_agreement.main(["--models", "small", "--out", f"{folder}/out.json"])
+        result = json.loads(Path(folder, "out.json").read_text())
+    assert [(row["precision"], row["trains"]) for row in result["rows"]] == bench_agreement.USES
+    for row in (*result["rows"], result["update"]):
+        assert 0 < row["share"] <= 1
+        assert min(row["seconds"], row["again"]) > 0
+    assert all(row["chosen"] == "fused" and row["attention"] is None for row in result["rows"])
+
+
 def test_kernels_are_compared_as_interpreted(root):
     """In a process of its own, because Triton reads the variable when it is imported."""
     words = [sys.executable, __file__]
@@ -237,19 +253,30 @@ def test_what_is_no_number_does_not_agree():
 @pytest.mark.parametrize("model", ["SiT-XL/2", "SiT-B/2", "SiT-S/4", "SiT-XL/4"])
 @pytest.mark.parametrize("trains", [True, False])
 def test_kernels_agree_on_a_gpu(model, trains):
-    """In seconds, and with no memory kept."""
-    torch.manual_seed(0)
+    """In less than a minute even where Triton compiles them, and with no memory kept."""
     network = SiT_models[model](condition="none").cuda()
-    tokens = network.pos_embed.shape[1]
-    torch.cuda.synchronize()
-    held, begin = torch.cuda.memory_allocated(), time.perf_counter()
-    with torch.set_grad_enabled(trains), kernels.fast_attention("cuda", tokens if trains else None):
-        chosen, told = choice(network, kernels.can_pack("cuda"), torch.bfloat16, "cuda")
-    assert told == []
-    size = network.pos_embed.shape[-1] // network.blocks[0].attn.num_heads
-    assert chosen == (kernels.can_pack("cuda") and (tokens, size) in attention.SHAPES)
-    assert time.perf_counter() - begin < 60
+    tokens, size = network.pos_embed.shape[1], network.blocks[0].attn.head_dim
+    begin = time.perf_counter()
+    for _ in range(2):  # the first leaves the libraries' own memory
+        held = torch.cuda.memory_allocated()
+        with torch.set_grad_enabled(trains), kernels.fast_attention("cuda", tokens if trains else None):
+            chosen, told = choice(network, kernels.can_pack("cuda"), torch.bfloat16, "cuda")
+        assert told == []
+        assert chosen == (kernels.can_pack("cuda") and (tokens, size) in attention.SHAPES)
     assert torch.cuda.memory_allocated() == held
+    assert time.perf_counter() - begin < 60
+
+
+@pytest.mark.gpu
+def test_what_triton_once_compiled_wrong_is_found(monkeypatch):
+    """Attention of 64 tokens in heads of 72, which models/attention.py leaves out for that."""
+    if not kernels.can_pack("cuda") or not triton_release().startswith("3.6."):
+        pytest.skip("seen on an H200 with Triton 3.6")
+    monkeypatch.setattr(attention, "SHAPES", ((64, 72),))
+    with kernels.fast_attention("cuda", 64):
+        chosen, [told] = choice(SiT_models["SiT-XL/4"](condition="none").cuda(), True, torch.bfloat16, "cuda")
+    assert chosen is False
+    assert "models/attention.py are wrong" in told
 
 
 @pytest.mark.gpu
@@ -260,5 +287,5 @@ def test_the_update_agrees_on_a_gpu():
 
 
 if __name__ == "__main__":
-    for check in (check_right_kernels, check_wrong_kernels, check_attention, check_update):
+    for check in (check_right_kernels, check_wrong_kernels, check_attention, check_update, check_benchmark):
         check()
