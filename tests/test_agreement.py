@@ -243,6 +243,26 @@ def test_the_update_is_the_same_in_all_processes(ours, others, expected, monkeyp
     assert agreement.everywhere(ours, cpu) == expected
 
 
+def test_nothing_small_hides_in_a_sum():
+    """One token of many, or the small part of a gradient beside large ones, is wrong; PyTorch is off by 0.001."""
+    torch.manual_seed(0)
+    exact = {"tokens": torch.randn(2, 500, 8, dtype=torch.float64), "parts": torch.randn(24, 8, dtype=torch.float64)}
+    exact["parts"][:8] /= 20
+    plain = {name: value + 1e-3 * torch.randn_like(value) for name, value in exact.items()}
+    right = {name: value + 1e-3 * torch.randn_like(value) for name, value in exact.items()}
+    found = agreement.errors(right, plain, exact, width=8)
+    agreement.require(found, "here")
+    assert [error.what for error in found][::2] == ["tokens", *(f"parts (part {part} of 3)" for part in (1, 2, 3))]
+    relative = (right["tokens"] - exact["tokens"]).norm() / exact["tokens"].norm()
+    assert found[0].kernels == pytest.approx(relative.item())
+    token, part = ({name: value.clone() for name, value in right.items()} for _ in range(2))
+    token["tokens"][1, 7] *= 1.05
+    part["parts"][:8] *= 0.9
+    for wrong, what in ((token, "the worst row of tokens"), (part, "parts \\(part 1 of 3\\)")):
+        with pytest.raises(agreement.Disagreement, match=f"^here, {what} is off by"):
+            agreement.require(agreement.errors(wrong, plain, exact, width=8), "here")
+
+
 def test_what_is_no_number_does_not_agree():
     for kernels_error, plain_error in ((float("nan"), 0.1), (0.1, float("nan")), (float("inf"), 0.1)):
         with pytest.raises(agreement.Disagreement):
