@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     config |= without_folders(config)
     state = model.state_dict()
     card = model_card(model, config, bank, source)
+    if args.format == "safetensors":
+        card += elsewhere(model, bank, args.half)
     if bank and args.half:
         state |= dict(zip(MEMORY, (bank.snippets, bank.freq), strict=True))
     elif bank:
@@ -107,8 +109,11 @@ def halved(tensor: Tensor, name: str) -> Tensor:
 
 
 def export_bank(bank: MemoryBank, path: Path) -> dict:
-    """Write the bank to `path`; returns what a checkpoint says of it."""
-    bank.save(path)
+    """Write the bank to `path`, without its maker's folders and command; returns what a checkpoint says of it."""
+    meta = {key: Path(value).name if key == "store" else value for key, value in bank.meta.items()}
+    if "run" in meta:
+        meta["run"] = {key: value for key, value in meta["run"].items() if key != "command"}
+    MemoryBank(bank.snippets, bank.freq, bank.assignment, meta).save(path)
     hashes = {"sha256": sha256(path), "freq_sha256": sha256(path.with_suffix(".freq"))}
     return {"path": str(path), "k": len(bank), "dim": bank.dim, **hashes}
 
@@ -129,7 +134,8 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
         "predicts": f"the velocity of the {config['args'].get('interpolant')} path, data at t = 0 and noise at t = 1",
         "training steps": config["steps"],
         "images": f"{config['image_size']}×{config['image_size']} pixels, latents {list(model.latent_shape)}",
-        "codec": f"{codec['name']}, scale {codec.get('scale')}, SHA-256 {codec.get('sha256') or 'none'}",
+        "codec": f"{codec['name']}, scale {codec.get('scale')}, shift {codec.get('shift')}, "
+        f"SHA-256 {codec.get('sha256') or 'none'}",
         "encoder of the snippets": config["encoder"],
         "memory bank": held,
         "trained on": config["store"] and f"{config['store']['path']}, fingerprint {config['store']['fingerprint']}",
@@ -143,6 +149,42 @@ def model_card(model: SiT, config: dict, bank: MemoryBank | None, source: dict) 
         f"| | |\n| --- | --- |\n{table}\n\n"
         "Sample it with `python sample_ddp.py --checkpoint FOLDER --out samples`, FOLDER being this one. Weights that "
         "others trained stay under the licence they were published with.\n"
+    )
+
+
+def elsewhere(model: SiT, bank: MemoryBank | None, half: bool) -> str:
+    """The part of the card for other programs: how to load model.safetensors with one file of this project, and use it.
+
+    The network must be one of models/sit.py as it is, without a condition of the user's own.
+    """
+    lines = [
+        "import json",
+        "import torch",
+        "from safetensors import safe_open",
+        "from sit import SiT_models  # a copy of this project's models/sit.py, which needs torch and timm alone",
+        "",
+        'with safe_open("model.safetensors", "pt") as file:',
+        '    config = json.loads(file.metadata()["config"])',
+        "    tensors = {name: file.get_tensor(name) for name in file.keys()}",
+    ]
+    if bank and half:
+        lines.append(f'snippets, freq = (tensors.pop(name) for name in ("{MEMORY[0]}", "{MEMORY[1]}"))')
+    elif bank:
+        lines.append('snippets, freq = (torch.load(f"bank.{part}", weights_only=True) for part in ("pth", "freq"))')
+    lines += [
+        'options = config["model_config"]',
+        'network = SiT_models[options.pop("model")](**options).eval()',
+        "network.load_state_dict(tensors)",
+    ]
+    size, kinds = ", ".join(map(str, model.latent_shape)), {"label": "labels (B,)"}
+    if "snippet" in model.reads:
+        kinds["snippet"] = f"snippets (B, {model.config['snippet_dim']}), rows of the bank drawn by its frequencies"
+    cond = " and ".join(kinds[kind] for kind in model.reads) or "None"
+    return (
+        "\n## In other programs\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
+        f"`network(x, t, cond)` is the velocity at latents x (B, {size}) and times t (B,) from 1, noise, to 0, data; "
+        f"`x + (s - t) * network(x, t, cond)` is a step of Euler's from t to s. `cond` is {cond}"
+        f"{', as a pair' if len(model.reads) > 1 else ''}. The codec decodes `x / scale + shift`.\n"
     )
 
 

@@ -532,6 +532,32 @@ def test_an_export_is_the_same_model(tmp_path, vae, capsys):
     assert card in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("condition", ["snippet", "label+snippet", "label", "none"])
+def test_the_cards_code_loads_an_export_with_one_file_of_this_project(root, tmp_path, monkeypatch, half, condition):
+    """As a stranger runs it: in the export's folder, with a copy of models/sit.py."""
+    model = SiT_models["SiT-Ti/2"](input_size=SIDE, condition=condition, snippet_dim=DIM, num_classes=CLASSES)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    MemoryBank(SNIPPETS, FREQ).save(tmp_path / "bank.pth")
+    named = {"path": str(tmp_path / "bank.pth"), "sha256": sha256(tmp_path / "bank.pth")}
+    facts = {"bank": named if "snippet" in model.reads else None, "store": None}
+    facts |= {"codec": {"name": "pixels", "scale": 1.0}, "image_size": 64, "encoder": None, "steps": 3}
+    facts |= {"model_config": model.config, "args": {"interpolant": "linear", "snippet_from": "nearest"}}
+    torch.save({"ema": model.state_dict(), **facts}, tmp_path / "a.pt")
+    export.main([str(tmp_path / "a.pt"), "--out", str(tmp_path / "st"), *(["--half"] if half else [])])
+    code = (tmp_path / "st" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "sit").mkdir()
+    (tmp_path / "sit" / "sit.py").write_text((root / "models" / "sit.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path / "sit")
+    monkeypatch.chdir(tmp_path / "st")
+    loaded, names = load_model(tmp_path / "st")[0], {}
+    exec(code, names)
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in names["network"].state_dict().items())
+    if "snippet" in model.reads:
+        assert torch.equal(names["snippets"].float(), SNIPPETS.half().float() if half else SNIPPETS)
+        assert list(names["freq"]) == FREQ
+
+
 def test_half_an_export_is_one_file(tmp_path, vae):
     """Weights and bank in float16 in the file of weights: sampled as it is, and half the size."""
     gmem(tmp_path / "gmem.pth")
@@ -566,7 +592,8 @@ def test_an_export_does_not_tell_the_folders_of_its_maker(tmp_path):
     model = SiT_models["SiT-Test/2"](input_size=SIDE, snippet_dim=DIM)
     facts = {"interpolant": "linear", "snippet_from": "nearest", "store": "/home/anna/data/x", "out": None, "steps": 3}
     facts |= {"holdout": "/home/anna/data/x-holdout", "bank": "/home/anna/banks/x"}
-    MemoryBank(SNIPPETS, FREQ).save(tmp_path / "bank.pth")
+    meta = {"store": "/home/anna/data/x", "run": {"command": ["--store", "/home/anna/data/x"], "seconds": 2.0}}
+    MemoryBank(SNIPPETS, FREQ, meta=meta).save(tmp_path / "bank.pth")
     named = {"path": str(tmp_path / "bank.pth"), "sha256": sha256(tmp_path / "bank.pth")}
     checkpoint = {"ema": model.state_dict(), "model_config": model.config, "steps": 3, "args": facts, "bank": named}
     checkpoint |= {"store": {"path": "/home/anna/data/x", "fingerprint": "f"}, "image_size": 64, "encoder": "toy"}
@@ -574,7 +601,9 @@ def test_an_export_does_not_tell_the_folders_of_its_maker(tmp_path):
     export.main([str(tmp_path / "0000003.pt"), "--out", str(tmp_path / "st")])
     with safe_open(tmp_path / "st" / "model.safetensors", "pt") as file:
         config = file.metadata()["config"]
-    assert "anna" not in config + (tmp_path / "st" / "README.md").read_text()
+    written = [(tmp_path / "st" / name).read_text() for name in ("README.md", "bank.json")]
+    assert "anna" not in config + "".join(written)
+    assert json.loads(written[1]).items() >= {"store": "x", "run": {"seconds": 2.0}}.items()
     assert json.loads(config)["args"] == facts | {"store": "x", "holdout": "x-holdout", "bank": "x"}
     assert json.loads(config)["store"] == {"path": "x", "fingerprint": "f"}
 
