@@ -19,6 +19,16 @@ from memory.kmeans import assign, normalised, ordered_sum, refuse, undirected
 
 ROWS = 65536  # features brought to the bank's device at once
 
+# What a safe loader must know to read arrays and numbers of NumPy, which wrote its functions under another module name
+# up to version 1.
+_FUNCTIONS = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+NUMPY = (
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    *((_FUNCTIONS[name], f"numpy.{core}.multiarray.{name}") for name in _FUNCTIONS for core in ("core", "_core")),
+)
+
 
 class MemoryBank:
     """Snippets (K, F) with integer frequencies (K,), and what is known about them.
@@ -43,7 +53,7 @@ class MemoryBank:
             raise ValueError(f"{name}: expected one float tensor (K, F), got {_describe(snippets)}")
         freq = _frequencies(freq, len(snippets), freq_name, name)
         _check_assignment(assignment, len(snippets), name)
-        self.snippets = snippets.float()  # (K, F)
+        self.snippets = snippets.detach().float()  # (K, F)
         self.freq = freq.long().to(snippets.device)  # (K,)
         self.assignment = None if assignment is None else assignment.int().cpu()  # (N, V)
         self.meta = {} if meta is None else meta
@@ -53,8 +63,8 @@ class MemoryBank:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MemoryBank":
-        """Read a bank from its `bank.pth` or the folder that holds it, with the sibling `bank.freq` (a list or tensor
-        of K integers) and, where present, `bank.assign` and `bank.json`."""
+        """Read a bank from its `bank.pth` or the folder that holds it, with the sibling `bank.freq` (a list, tensor or
+        array of K integers) and, where present, `bank.assign` and `bank.json`."""
         path = Path(path)
         path = path / "bank.pth" if path.is_dir() else path
         if not path.is_file():
@@ -147,7 +157,7 @@ class MemoryBank:
         if self._unit is None:
             self._unit = normalised(self.snippets)
         found = []
-        for some in features.split(ROWS):
+        for some in features.detach().split(ROWS):
             some = some.to(self.snippets.device)
             refuse("features", undirected(some), len(found) * ROWS)
             found.append(assign(normalised(some), self._unit))
@@ -229,7 +239,8 @@ def _check_assignment(assignment: object, rows: int, name: str) -> None:
 def _read(path: Path) -> object:
     """The object in a torch file, by the safe loader; ValueError naming the file if it holds none."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(NUMPY)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of every kind, whatever is wrong with the file
         raise ValueError(
             f"{path} cannot be read as a torch.save file of plain values: {why_unreadable(error)}"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory.bank import NUMPY
 from memory.files import weights_folder, why_unreadable
 from models.autoencoder import SD_SCALE
 from models.hub import from_hub
@@ -33,15 +34,8 @@ FALLBACK = "SiT-XL/2"  # what a file of no known size is compared with
 INTERPOLANTS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}  # path types of REPA and SiT, in our names
 
 # What authors' files may hold beside tensors and plain values: the arguments of their scripts, NumPy's numbers and
-# arrays. NumPy 1 wrote its functions under another module name.
-_NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
-ALLOWED = (
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
-    *((_NUMPY[name], f"numpy.{core}.multiarray.{name}") for name in _NUMPY for core in ("core", "_core")),
-)
+# arrays.
+ALLOWED = (argparse.Namespace, *NUMPY)
 
 # Files often mistaken for a SiT: part of a tensor's name, and what it is then.
 MARKS = {

@@ -120,7 +120,17 @@ def test_saved_bank_loads_from_file_or_folder_and_repeats_its_bytes(tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("freq", [[3, 1], torch.tensor([3, 1]), torch.tensor([3.0, 1.0]), torch.tensor([3, 1]).int()])
+@pytest.mark.parametrize(
+    "freq",
+    [
+        [3, 1],
+        torch.tensor([3, 1]),
+        torch.tensor([3.0, 1.0]),
+        torch.tensor([3, 1]).int(),
+        np.array([3, 1]),
+        [np.int64(3), np.int64(1)],
+    ],
+)
 def test_published_files_are_read(tmp_path, freq):
     torch.save(torch.eye(2, 5), tmp_path / "bank.pth")
     torch.save(freq, tmp_path / "bank.freq")
@@ -129,6 +139,18 @@ def test_published_files_are_read(tmp_path, freq):
     assert bank.freq.dtype == torch.long
     assert bank.assignment is None
     assert bank.meta == {}
+
+
+def test_snippets_and_features_that_carry_gradients_are_plain_numbers(tmp_path):
+    """As an nn.Parameter, saved by whoever trained a bank, or an encoder called outside of no_grad."""
+    bank = bank_of([1, 2, 3])
+    torch.save(torch.nn.Parameter(bank.snippets), tmp_path / "bank.pth")
+    torch.save([1, 2, 3], tmp_path / "bank.freq")
+    loaded = MemoryBank.load(tmp_path)
+    assert torch.equal(loaded[[2, 0]], bank[[2, 0]])
+    assert loaded.nearest(torch.nn.Parameter(bank.snippets * 3)).tolist() == [0, 1, 2]
+    loaded.save(tmp_path / "again" / "bank.pth")
+    assert not torch.load(tmp_path / "again" / "bank.pth", weights_only=True).requires_grad
 
 
 def test_saving_over_a_bank_leaves_none_of_its_siblings(tmp_path):
