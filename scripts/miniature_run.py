@@ -133,8 +133,9 @@ class Run:
     def go(self) -> None:
         """Do what is left: train, score each point, audit the last, sample it in other ways, clean up."""
         began, last = time.perf_counter(), self.samples / str(self.args.steps)
-        self.log["commands"]["train"] = line(train, self.training())
-        self.log["made"] = provenance()
+        made = provenance()
+        if self.steps_left():  # else what is left is made here, the curve was not
+            self.log["commands"]["train"], self.log["made"] = line(train, self.training()), made
         try:
             for step in self.steps_left():
                 self.add_point(step)
@@ -152,7 +153,7 @@ class Run:
             self.control(last)
         for way, changes in self.variants_left().items():
             command = self.sample(weights, self.samples / way, self.filled(changes))
-            self.log["variants"][way] = {**self.scores(self.samples / way), "command": command}
+            self.log["variants"][way] = {**self.scores(self.samples / way), "command": command, "made": made}
             self.write()
         self.clean(weights)
         speed = f"{self.log['images_per_second']:,.0f} images/s, {time.perf_counter() - began:.0f} s in all"

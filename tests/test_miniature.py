@@ -104,6 +104,13 @@ def test_search_then_runs(places, monkeypatch, capsys):
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
     assert "$" not in capsys.readouterr().out  # nothing is left to do
+    earlier = found | {"variants": {}, "made": {"date": "earlier"}}
+    (places / "logs" / "fashion" / "nearest-10-3.json").write_text(json.dumps(earlier))
+    shutil.rmtree(places / "root" / "runs" / "fashion" / "nearest-10-3")
+    run(places, "nearest-10", "--seeds", "3", "--variants")  # its weights are made again, its curve is not
+    again = log(places, "nearest-10-3")
+    assert (again["made"], again["curve"]) == ({"date": "earlier"}, found["curve"])
+    assert all(way["made"]["versions"] == found["made"]["versions"] for way in again["variants"].values())
     cut_off = found | {"steps": 1, "curve": [found["curve"][0] | {"seconds": -1}]}
     (places / "logs" / "fashion" / "nearest-10-3.json").write_text(json.dumps(cut_off))
     shutil.rmtree(places / "root" / "runs" / "fashion" / "nearest-10-3")
