@@ -67,9 +67,9 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
-        found = sorted(folder.glob("[0-9]*.pt"), key=lambda file: (int(file.stem.split("-")[0]), "-" not in file.stem))
-        if found:
-            return found[-1]
+        named = ((re.fullmatch(r"(\d+)(-.*)?", file.stem), file) for file in folder.glob("*.pt"))
+        if found := sorted((int(name[1]), not name[2], file) for name, file in named if name):
+            return found[-1][-1]
     if (path / EXPORTED).is_file():
         return path / EXPORTED
     wanted = f"no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}"

@@ -57,7 +57,7 @@ def test_round_trip(saved):
 
 def test_a_run_gives_its_latest_state(saved):
     path, checkpoint, _ = saved
-    for name in ("0000003.pt", "0000012-ema.pt"):
+    for name in ("0000003.pt", "0000012-ema.pt", "2024_bank.pt", "7.5.pt"):
         torch.save(checkpoint, path.with_name(name))
     assert find_checkpoint(path.parent.parent).name == "0000012-ema.pt"
     torch.save(checkpoint, path.with_name("0000012.pt"))
