@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):  # the meta device has none
             return self.mlp(self.features(t))  # (B, D)
 
 

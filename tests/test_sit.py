@@ -61,6 +61,14 @@ def test_presets():
             assert model.config["model"] == name
 
 
+def test_shapes_are_known_without_computing():
+    """On the meta device, where sizes such as XL's are counted in no time."""
+    with torch.device("meta"):
+        model = SiT_models["SiT-XL/2"](condition="none", align_dims=(768,))
+        velocity, tokens = model(torch.empty(2, 4, 32, 32), torch.empty(2), return_tokens=True)
+    assert (velocity.shape, tokens[0].shape) == ((2, 4, 32, 32), (2, 256, 768))
+
+
 def test_multiply_adds_of_the_small_preset():
     """SiT's paper gives 6.06 G multiply-adds for S/2 at 32×32: counted here from the modules that a forward meets."""
     model, total = SiT_models["SiT-S/2"](condition="label"), 0
