@@ -104,6 +104,8 @@ def convert(contents: object, path: Path) -> dict:
         ValueError: no network's weights are in it, or one that does not predict a velocity; the message says which.
     """
     states, args = unwrap(contents, path)
+    # "module." is what DistributedDataParallel puts before a name.
+    states = {key: {name.removeprefix("module."): state[name] for name in state} for key, state in states.items()}
     early = {key.split(".")[1] for state in states.values() for key in state if key.startswith("blocks.")}
     late = any(key.startswith("decoder_blocks.") for state in states.values() for key in state)
     states = {key: {rename(name, len(early)): state[name] for name in state} for key, state in states.items()}
@@ -211,6 +213,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[dict, str]:
     if "snippet" in kinds:
         config["snippet_dim"] = kinds["snippet"][1]
     heads = {int(name.split(".")[1]) for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name)}
+    config["align_depth"] = min(8, depth or 8)  # of REPA and GMem, where there are so many blocks
     config["align_dims"] = [shapes[f"projectors.{head}.4.weight"][0] for head in sorted(heads)]
     config["qk_norm"] = any(".attn.q_norm." in name for name in shapes)
     for mark, what in MARKS.items():

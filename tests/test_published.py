@@ -220,6 +220,24 @@ def test_alignment_heads_keep_their_place(tmp_path):
         load_model(tmp_path / "plain.pt", "model")
 
 
+def test_heads_of_a_network_with_fewer_than_eight_blocks_read_the_last(tmp_path):
+    model = SiT_models["SiT-Ti/2"](input_size=SIDE, snippet_dim=DIM, align_dims=(7,), align_depth=6)
+    torch.save({"network": model.state_dict(), "memorybank": SNIPPETS, "memoryfreq": FREQ}, tmp_path / "a.pth")
+    assert load_model(tmp_path / "a.pth")[0].config["align_depth"] == 6
+
+
+@pytest.mark.parametrize("write", [gmem_with_files, repa_old, sit_training])
+def test_names_that_a_wrapped_network_gave_are_read(tmp_path, write):
+    """A copy whose author saved DistributedDataParallel itself: "module." stands before every name."""
+    write(tmp_path / "a.pt")
+    plain, contents = load_model(tmp_path / "a.pt")[0].state_dict(), read_file(tmp_path / "a.pt")
+    for key in contents.keys() & {"ema", "model"}:
+        contents[key] = {f"module.{name}": tensor for name, tensor in contents[key].items()}
+    torch.save(contents, tmp_path / "b.pt")
+    wrapped = load_model(tmp_path / "b.pt")[0].state_dict()
+    assert all(torch.equal(tensor, wrapped[name]) for name, tensor in plain.items())
+
+
 def test_the_path_of_sit_is_followed_from_noise_to_data(tmp_path):
     state = sit(tmp_path / "SiT-Ti-2.pt")
     model, _, _ = load_model(tmp_path / "SiT-Ti-2.pt")
