@@ -172,7 +172,8 @@ class Generator:
             rows = f"{entries.min()} to {entries.max()}"
             raise ValueError(f"--snippets {args.snippets} names rows {rows}; the bank has 0 to {len(self.bank) - 1}")
         own = self.bank and self.config["args"]["snippet_from"] == "own"
-        if own and len(self.bank) < self.config["store"]["num_images"]:
+        clustered = own and self.bank.meta.get("rule", "k-means") == "k-means"
+        if clustered and len(self.bank) < self.config["store"]["num_images"]:
             message = "the network learned from images' own features, the bank holds averages of them: use a bank of "
             warnings.warn(message + "--k all, or --snippets FILE.npy", stacklevel=2)
 

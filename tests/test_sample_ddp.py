@@ -477,3 +477,12 @@ def test_a_clustered_bank_for_a_network_of_own_features_warns(folder, tmp_path):
     write_checkpoint(tmp_path / "own.pt", folder, "snippet", lambda c: c["args"].update(snippet_from="own"))
     with pytest.warns(UserWarning, match="averages"):
         generator(folder, checkpoint=tmp_path / "own.pt")
+
+
+@pytest.mark.parametrize("rule", ["k-means", "random subset", "every feature"])
+def test_few_features_as_they_are_do_not_warn_a_network_of_own_features(folder, tmp_path, recwarn, rule):
+    """A random subset, or every feature of a smaller store, such as the held-out images'."""
+    write_checkpoint(tmp_path / "own.pt", folder, "snippet", lambda c: c["args"].update(snippet_from="own"))
+    MemoryBank(torch.eye(3, DIM), [1, 1, 1], meta={"encoder": "e", "rule": rule}).save(tmp_path / "bank" / "bank.pth")
+    generator(folder, "--bank", tmp_path / "bank", checkpoint=tmp_path / "own.pt")
+    assert any("averages" in str(warning.message) for warning in recwarn) == (rule == "k-means")
