@@ -26,7 +26,7 @@ from memory.claim import claimed
 from memory.command import Help, execute
 from memory.files import atomic, check_folder, free_space, read_json, sha256
 from memory.kmeans import Shards, cosines, fused, kmeans, normalised, refuse, undirected
-from memory.processes import from_main, join
+from memory.processes import from_main, join, share
 from memory.provenance import provenance
 from models.kernels import fitting
 
@@ -183,7 +183,7 @@ def choose(
     store: LatentDataset, args: argparse.Namespace, state: PartialState, say: Callable[[str], None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]:
     """Snippets (K, F), their counts (K,), the row (n,) of each of this process's images, and the inertia per pass."""
-    rows = rows_of_process(len(store), state)
+    rows = share(len(store), state)
     features = torch.cat([some.to(state.device) for _, some in read(store, 0, rows, state)])  # (n, F)
     if args.k is None:
         own = torch.arange(rows.start, rows.stop, device=state.device)
@@ -218,22 +218,16 @@ def arrange(
         if args.k is None:  # an image's row is its own in every view
             views.append(views[0])
         else:
-            parts = read(store, view, rows_of_process(len(store), state), state)
+            parts = read(store, view, share(len(store), state), state)
             views.append(torch.cat([bank.nearest(some) for _, some in parts]))
     local = torch.stack(views, 1).int()  # (n, V)
     bank.assignment = Shards(len(local), state.device).whole(local).cpu()  # (N, V)
     return bank
 
 
-def rows_of_process(count: int, state: PartialState) -> range:
-    """This process's contiguous share of `count` rows."""
-    index, processes = state.process_index, state.num_processes
-    return range(count * index // processes, count * (index + 1) // processes)
-
-
 def check_features(store: LatentDataset, state: PartialState) -> None:
     """Raise ValueError naming the file and the first rows if a feature has no direction, in any view."""
-    rows = rows_of_process(len(store), state)
+    rows = share(len(store), state)
     for start in tqdm(range(rows.start, rows.stop, ROWS), desc="checking", disable=not state.is_main_process):
         chunk = torch.from_numpy(np.array(store.features[start : min(start + ROWS, rows.stop)]))  # (n, V, F)
         chunk = chunk.to(state.device)  # looking at each number takes a CPU longer than reading it
@@ -253,7 +247,7 @@ def similarity_to_bank(
     store: LatentDataset, bank: MemoryBank, nearest: torch.Tensor | None, state: PartialState
 ) -> np.ndarray:
     """Cosines (N,) float64 of every image's original view to its row of the bank, `nearest` (N,) or searched for."""
-    rows, found = rows_of_process(len(store), state), []
+    rows, found = share(len(store), state), []
     mine = None if nearest is None else nearest[rows.start : rows.stop].long().to(state.device)
     for place, some in read(store, 0, rows, state):
         index = bank.nearest(some) if mine is None else mine[place]

@@ -26,3 +26,9 @@ def join(timeout: timedelta | None = None) -> PartialState:
 def from_main(state: PartialState, make: Callable[[], Value]) -> Value:
     """What `make` returns in the main process, in all of them; if it raises there, the launcher ends the others."""
     return broadcast_object_list([make() if state.is_main_process else None])[0]
+
+
+def share(count: int, state: PartialState) -> range:
+    """This process's contiguous part of `count` things."""
+    rank, world = state.process_index, state.num_processes
+    return range(count * rank // world, count * (rank + 1) // world)

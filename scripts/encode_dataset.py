@@ -44,7 +44,7 @@ from dataset import FORMAT, LABELS, META, NAMES, PROGRESS, holdout_path, layout,
 from memory.claim import claimed
 from memory.command import execute
 from memory.files import read_json
-from memory.processes import from_main, join
+from memory.processes import from_main, join, share
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
 from models.encoder import Encoder, load_encoder
@@ -314,16 +314,16 @@ def encode_job(
     state: PartialState,
 ) -> None:
     """Encode and write this process's share of the rows that are not done, noting progress now and then."""
-    rank, world = state.process_index, state.num_processes
     blocks = blocks_to_do(done, args.batch_size)
-    blocks = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
+    blocks = [blocks[number] for number in share(len(blocks), state)]
     cuda = state.device.type == "cuda"
     loader = DataLoader(Blocks(source, job, blocks), batch_size=None, num_workers=args.workers, pin_memory=cuda)
     results = encoded(loader, job, codec, encoder, args.batch_size, state.device)
-    progress, note = Progress(np.zeros_like(done)), job.path / PROGRESS / PART.format(rank)
+    progress, note = Progress(np.zeros_like(done)), job.path / PROGRESS / PART.format(state.process_index)
     writer, begun = Writer(job), time.monotonic()
     saved = begun
-    total, label = sum(end - begin for begin, end in blocks), f"{job.path.name}, process {rank + 1} of {world}"
+    total = sum(end - begin for begin, end in blocks)
+    label = f"{job.path.name}, process {state.process_index + 1} of {state.num_processes}"
     with tqdm(total=total, unit="img", desc=label, disable=not state.is_main_process) as bar:
         for begin, arrays, whole, broken in results:
             count = len(next(iter(arrays.values())))
