@@ -177,7 +177,7 @@ def noise(
 ) -> Tensor:
     """Standard normal numbers (B, *shape) float32, each a function of (seed, image, step, place in `shape`) alone.
 
-    `images` (B,) and `step` lie in [0, 2³²), `seed` in [0, 2⁶⁴) (else a ValueError); `device` is by default that of
+    `images` (B,) and `step` lie in [0, 2³²); a `seed` outside [0, 2⁶⁴) is a ValueError; `device` is by default that of
     `images`. `normals` may be `normals_of` in compiled form, one kernel in place of many.
     """
     images = torch.as_tensor(images, dtype=torch.int64, device=device)
