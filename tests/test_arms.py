@@ -54,6 +54,7 @@ def test_steps_to_a_distance_on_a_power_law_are_exact():
     assert steps_to(distances[0] + 1, STEPS, distances) == 500
     assert steps_to(distances[-1] - 1e-3, STEPS, distances) is None
     assert steps_to(9, [1, 2, 4], np.array([16.0, 8.0, 12.0])) < 2  # the first time, whatever comes later
+    assert steps_to(16, [1, 2, 4], np.array([16.0, 20.0, 8.0])) == 1
 
 
 def test_ratios_of_mean_and_seeds(tmp_path):
@@ -106,6 +107,41 @@ def test_the_mean_of_the_seeds_counts_at_steps_that_all_have(tmp_path):
     assert missing({"none": arm})[0] == "none (0 of 3 seeds; another at 4,000, 4,000, 4,000, 1,000 steps)"
 
 
+def test_an_arm_is_complete_with_all_seeds_at_the_last_step(tmp_path):
+    for seed in (10, 2, 0):
+        write(tmp_path, "label", FLAT, seed)
+        write(tmp_path, "none", FLAT, seed)
+    arms = read_arms(tmp_path)
+    assert [*arms] == ["none", "label"]  # in the order of the experiment, which is not that of names
+    assert [run["seed"] for run in arms["label"].runs] == [0, 2, 10]
+    assert not any(line.startswith(("none", "label (")) for line in missing(arms))
+    arms["label"].runs.pop()
+    assert missing(arms)[0] == "label (2 of 3 seeds)"
+
+
+def test_an_audit_that_one_seed_lacks_is_the_mean_of_the_others(tmp_path):
+    write(tmp_path, "own", FLAT, 0, copies=audit(0.1, 0.2))
+    write(tmp_path, "own", FLAT, 1)
+    write(tmp_path, "own", FLAT, 2, copies=audit(0.3))
+    found = known.audits(read_arms(tmp_path)["own"])
+    assert {space: figures["excess"] for space, figures in found.items()} == {
+        "regnetx_002@64": pytest.approx(0.2),
+        "latents": 0.2,
+    }
+
+
+def test_speeds_that_differ_are_told_by_their_ends(tmp_path):
+    """Where arms cost the same; alignment costs more, and some runs have no rate."""
+    write(tmp_path, "own", FLAT, 0, images_per_second=110)
+    write(tmp_path, "own", FLAT, 1, images_per_second=100)
+    write(tmp_path, "none", FLAT)
+    write(tmp_path, "label-align", FLAT, images_per_second=50)
+    assert known.speeds(read_arms(tmp_path)) is None
+    write(tmp_path, "own", FLAT, 2, images_per_second=125)
+    write(tmp_path, "own", FLAT, 3, images_per_second=105)
+    assert known.speeds(read_arms(tmp_path)) == (100, 125)
+
+
 def judge(folder, factors=(2.5, 3, 4), label=FLAT, copies=(0.002, -0.001), steps=STEPS, **changes):
     """Conditions and verdict on nearest-10, a seed for each factor of its speed, beside a flat label."""
     for seed in range(3):
@@ -155,6 +191,11 @@ def test_the_claim_holds_when_all_its_conditions_are_met(tmp_path):
             "open; not known: passes label, ratio at least 2, ratio above 1 for each seed, same order by FD to "
             "training images",
         ),
+        (  # one seed may yet come down
+            {"factors": (3, 1.5, 3), "steps": STEPS[:4]},
+            [True, True, None, None, True],
+            "open; not known: ratio above 1 for each seed, same order by FD to training images",
+        ),
         (  # it has come down already, while the order waits
             {"factors": (3,) * 3, "steps": STEPS[:4]},
             [True, True, True, None, True],
@@ -202,6 +243,21 @@ def test_the_order_is_that_of_all_primary_arms(tmp_path):
     order = conditions(read_arms(tmp_path), "nearest-10")[3]
     assert (order.passed, order.figures) == (False, "nearest-10-align and own swap")
     assert "random" in conditions(arms, "random")[3].figures
+
+
+def test_an_arm_without_distances_to_training_images_has_no_place_in_their_order(tmp_path):
+    judge(tmp_path)
+    run = json.loads(write(tmp_path, "own", [1.9] * 5).read_text())
+    for point in run["curve"]:
+        del point["training"]
+    next(tmp_path.glob("own*")).write_text(json.dumps(run))
+    order = conditions(read_arms(tmp_path), "nearest-10")[3]
+    assert (order.passed, order.figures) == (True, "the same for 2 arms")
+
+
+def test_without_a_baseline_nothing_is_known(tmp_path):
+    write(tmp_path, "own", FLAT, copies=audit(0.002))
+    assert [one.passed for one in conditions(read_arms(tmp_path), "own")] == [None] * 4 + [True, None]
 
 
 def controls(floor, snippets):

@@ -80,6 +80,32 @@ def test_assignment_is_exact_where_float32_cannot_tell_and_ties_go_to_the_lowest
     )
 
 
+def test_near_rows_of_one_block_are_told_apart():
+    """No two are equal, so that the runner-up in the same block alone tells that a row is in doubt."""
+    base = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    centroids = normalised(base + 1e-6 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1)))
+    features = normalised(base + 0.3 * torch.randn(500, 64, generator=torch.Generator().manual_seed(2)))
+    exact = (integers(features) @ integers(centroids).T).argmax(1)
+    assert ((features @ centroids.T).argmax(1).numpy() != exact).any()
+    np.testing.assert_array_equal(assign(features, centroids).numpy(), exact)
+
+
+def test_the_largest_error_of_a_float32_product_is_in_doubt(monkeypatch):
+    """Two scores, each off by the bound of F·2⁻²⁴ in the worse direction, and rows fewer than features."""
+    best_two, bound = memory.kmeans._best_two, 64 / 2**24
+
+    def worst(features, centroids, columns):
+        best, second, index = best_two(features, centroids, columns)
+        return (second + bound, best - bound, 1 - index) if features.dtype == torch.float32 else (best, second, index)
+
+    monkeypatch.setattr(memory.kmeans, "_best_two", worst)
+    centroids = normalised(torch.eye(2, 64) + torch.tensor([[1.0], [1 + 2e-6]]) * torch.eye(64)[5])
+    features = normalised(torch.eye(64)[5:6] + torch.eye(64)[7:8])
+    gap = (features.double() @ centroids.double().T).diff().abs().item()
+    assert 0 < gap < 2 * bound
+    assert assign(features, centroids).tolist() == [1]
+
+
 def test_results_do_not_depend_on_block_sizes(monkeypatch):
     features = clumps(300, 24, 30)
     features[::7] = features[0]  # duplicates: equal centroids, empty clusters, restarts
