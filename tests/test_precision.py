@@ -8,8 +8,9 @@ import torch
 from benchmarks import precision
 
 
-def test_few_steps_agree_but_not_to_the_bit(tmp_path, monkeypatch):
+def test_few_steps_agree_but_not_to_the_bit(tmp_path, environment, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(precision.sys, "executable", environment["PYTHON_EXEC"])
     words = [
         "--steps",
         "4",

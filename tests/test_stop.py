@@ -23,24 +23,46 @@ with StopSignal(timedelta(seconds=1)) as stop:
 SEND = "os.kill(os.getpid(), signal.SIG{})"
 
 
-@pytest.mark.parametrize(
-    ("inside", "after", "status"),
-    [
-        (["TERM"], [], 0),
-        (["INT"], [], 0),
-        (["TERM"], ["TERM"], 0),  # of a scheduler that signals twice, or of this process's own launcher
-        (["TERM", "TERM"], [], SECOND_SIGNAL),
-        (["INT", "TERM"], [], SECOND_SIGNAL),
-        ([], ["TERM"], -signal.SIGTERM),
-        ([], ["INT"], -signal.SIGINT),
-    ],
-)
-def test_exit_statuses(root, inside, after, status):
-    source = SOURCE.format(
-        inside="\n    ".join(map(SEND.format, inside)) or "pass", after="\n".join(map(SEND.format, after))
-    )
-    done = subprocess.run([sys.executable, "-c", source], cwd=root, capture_output=True)
-    assert done.returncode == status, done.stderr
+CASES = [  # signals inside the block, after it, and the status
+    (["TERM"], [], 0),
+    (["INT"], [], 0),
+    (["TERM"], ["TERM"], 0),  # of a scheduler that signals twice, or of this process's own launcher
+    (["TERM", "TERM"], [], SECOND_SIGNAL),
+    (["INT", "TERM"], [], SECOND_SIGNAL),
+    ([], ["TERM"], -signal.SIGTERM),
+    ([], ["INT"], -signal.SIGINT),
+]
+# A Python that runs each program in a fork of its own, which ends as any Python does, and prints the statuses.
+EACH = """
+import os, sys
+import torch
+for source in {sources!r}:
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+exec(source)
+"""
+
+
+@pytest.fixture(scope="module")
+def statuses(root):
+    """The exit status of each case, and what they printed as errors."""
+    sources = []
+    for inside, after, _ in CASES:
+        inside, after = (list(map(SEND.format, names)) for names in (inside, after))
+        sources.append(SOURCE.format(inside="\n    ".join(inside) or "pass", after="\n".join(after)))
+    words = [sys.executable, "-c", EACH.format(sources=sources)]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    return list(map(int, done.stdout.split())), done.stderr
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_exit_statuses(statuses, case):
+    found, errors = statuses
+    assert found[case] == CASES[case][2], errors
 
 
 def test_a_signal_to_another_process_stops_this_one_and_its_own_comes_late(monkeypatch):
