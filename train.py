@@ -215,9 +215,9 @@ class Trainer:
         """
         tokens = self.network.pos_embed.shape[1]
         if self.data.align_shape and self.data.align_shape[0] != tokens:
-            patches = f"{tokens} tokens, the alignment's encoder {self.data.align_shape[0]} patches"
+            counts = f"{tokens} tokens, the alignment's encoder {self.data.align_shape[0]} patches"
             remedy = "choose an input size of the encoder (NAME@SIZE) that gives as many"
-            raise ValueError(f"--align-coeff: {self.args.model} has {patches}; {remedy}")
+            raise ValueError(f"--align-coeff: {self.args.model} has {counts}; {remedy}")
         check_folder("--out", self.out)
         self.folder.check_same()
         if self.args.sample_every and self.accelerator.is_main_process:
@@ -244,7 +244,7 @@ class Trainer:
             load_state(network, state.get(name, {}), source)
         with reading(source):
             self.optimizer.load_state_dict(state["opt"])
-            self.step = state["steps"]
+            self.step = int(state["steps"])
             if self.accelerator.is_main_process:  # the sums of all processes; the others start from zero
                 self.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
         self.accelerator.print(f"continuing from {latest} at step {self.step:,}")

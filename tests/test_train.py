@@ -348,7 +348,7 @@ def test_a_log_that_was_cut_off_is_mended(folder, whole):
     assert [line["step"] for line in log(out)] == [2, 2, 4, 4, 6, 6, 8, 8]
 
 
-@pytest.mark.parametrize("damage", [{"opt": {}}, {"opt": [1]}, {"steps": None, "sums": "x"}])
+@pytest.mark.parametrize("damage", [{"opt": {}}, {"opt": [1]}, {"steps": None}, {"sums": "x"}])
 def test_a_checkpoint_of_another_kind_is_named(folder, whole, damage):
     out = folder / f"odd-{sorted(damage)}-{type(damage.get('opt')).__name__}"
     shutil.copytree(whole, out)
