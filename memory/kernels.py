@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from memory.kmeans import HOPPER
+from memory.trust import distrusted
+
 PAIRS = 64  # rows × one tile of a program of `candidates`
 WAVES = 8  # programs a multiprocessor: fewer leave some idle at the end
 WINDOW = 12 * 2**20  # bytes of columns that all rows pass before the next ones: they and the rows at work fit the L2
@@ -38,7 +41,7 @@ GLUON = [(3, 6), (3, 7), (3, 8)]  # releases of Triton that memory/hopper.py was
 
 def hopper(device: torch.device) -> bool:
     """Whether memory/hopper.py runs: its instructions are Hopper's alone, and Gluon may change between releases."""
-    known = tuple(map(int, triton.__version__.split(".")[:2])) in GLUON
+    known = tuple(map(int, triton.__version__.split(".")[:2])) in GLUON and HOPPER not in distrusted
     return known and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 

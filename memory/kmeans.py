@@ -29,7 +29,7 @@ from memory.trust import distrust, distrusted
 GRID = 2.0**24
 BLOCK = {"cpu": (2048, 2048), "cuda": (16384, 32768)}  # rows × centroids of one product; no result depends on it
 ROWS = 4096  # rows whose float64 copy is held at once
-SEARCH, SUMS = "memory/fused.py", "memory/kernels.py"  # the kernels' files
+HOPPER, SEARCH, SUMS = "memory/hopper.py", "memory/fused.py", "memory/kernels.py"  # files of kernels
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,20 @@ def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.T
 
     def find(centroids: torch.Tensor, guess: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal search, searches
-        if fused(features.device) and SEARCH not in distrusted:
+        while fused(features.device) and SEARCH not in distrusted:
+            kernels = SEARCH
             try:
                 from memory.fused import Search, check_labels  # import Triton, which not every machine has
+                from memory.kernels import hopper
 
+                kernels = HOPPER if hopper(features.device) else SEARCH
                 search = search or Search(features)
                 label, cosine = search(centroids, guess)
                 check_labels(features, centroids, label, searches)
                 searches += 1
                 return label, cosine
             except Exception as error:
-                leave_out(SEARCH, error, features.device)
+                leave_out(kernels, error, features.device)
             search = None  # its memory goes back
         label = assign_plain(features, centroids)
         return label, cosines(features, centroids, label)
@@ -168,9 +171,9 @@ def nearest(features: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.T
 
 
 def leave_out(kernels: str, error: Exception, device: torch.device) -> None:
-    """Take the plain path in place of these kernels from now on, and warn of it."""
+    """Do without these kernels from now on, and warn of it."""
     distrusted.add(kernels)
-    distrust(kernels, error, device, "k-means takes the plain path, slower")
+    distrust(kernels, error, device, "k-means takes a slower way, with the same result")
 
 
 def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:

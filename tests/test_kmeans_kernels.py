@@ -1,6 +1,7 @@
 """The Triton kernels, and what is made of them, against the plain path and brute force: compiled on a GPU, and, on a
 machine without one, by Triton's interpreter in a process of its own."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import memory.kmeans
-from memory.kmeans import assign, assign_plain, kmeans, normalised
+from memory.kmeans import HOPPER, assign, assign_plain, kmeans, normalised
+from memory.trust import distrusted
 
 
 def clumps(n, f, centres, spread=0.5, seed=0):
@@ -50,9 +52,14 @@ def forced(on):
     return mock.patch.object(memory.kmeans, "fused", return_value=on)
 
 
+@contextlib.contextmanager
 def trusting():
     """As in a process in which no kernel has failed yet."""
-    return mock.patch.object(memory.kmeans, "distrusted", set())
+    before = set(distrusted)
+    distrusted.clear()
+    yield
+    distrusted.clear()
+    distrusted.update(before)
 
 
 def check_tiles(device):
@@ -81,7 +88,7 @@ def check_runs(device):
             plain = kmeans(features, k, passes)
         with forced(True), trusting():
             ours = kmeans(features, k, passes)
-            assert not memory.kmeans.distrusted
+            assert not distrusted
             given = kmeans(features, k, passes, init=plain.centroids)  # nothing is guessed here
         assert torch.equal(ours.centroids, plain.centroids), name
         assert torch.equal(ours.assignment, plain.assignment), name
@@ -284,11 +291,34 @@ class Missing:
 def test_a_search_that_fails_is_not_tried_again():
     pytest.importorskip("triton")
     features, centroids = normalised(clumps(200, 16, 20)), normalised(clumps(30, 16, 20))
-    told = pytest.warns(UserWarning, match="shared memory; k-means takes the plain path")
+    told = pytest.warns(UserWarning, match="shared memory; k-means takes a slower way")
     with forced(True), trusting(), mock.patch("memory.fused.Search", Missing), told as warned:
         found = [assign(features, centroids) for _ in range(2)]
     assert len(warned) == Missing.asked == 1
     assert all(torch.equal(labels, assign_plain(features, centroids)) for labels in found)
+
+
+def test_where_hoppers_own_kernel_errs_the_portable_one_searches(monkeypatch):
+    fused, kernels = (pytest.importorskip(f"memory.{name}") for name in ("fused", "kernels"))
+    features, centroids = normalised(clumps(200, 16, 20)), normalised(clumps(30, 16, 20))
+    asked, hopper = [], kernels.hopper
+
+    def search(centroids, guess):
+        asked.append(kernels.hopper(features.device))
+        label = assign_plain(features, centroids)
+        return (torch.zeros_like(label) if asked[-1] else label), None
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "hopper", lambda device: hopper(mock.Mock(type="cuda")))
+    monkeypatch.setattr(kernels.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(fused, "Search", lambda features: search)
+    with forced(True), trusting():
+        with pytest.warns(UserWarning, match="memory/hopper.py are wrong") as warned:
+            labels = assign(features, centroids)
+        assert distrusted == {HOPPER}
+    assert torch.equal(labels, assign_plain(features, centroids))
+    assert asked == [True, False]
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(("rows", "searches"), [(0, 0), (1, 3), (63, 1), (400, 0), (400, 1), (400, 60)])
