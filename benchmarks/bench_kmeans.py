@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from memory.build_bank import rows_of_process
 from memory.files import write_json
 from memory.kmeans import assign, assign_plain, cosines, fused, kmeans, normalised
+from memory.processes import share
 from memory.provenance import provenance
 
 BLOCK = 65536  # rows drawn at once, each block from a seed of its own
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{peak:.0f} TFLOP/s in a product of {'8192³' if device.type == 'cuda' else '1024³'}")
     say("data          images       k   first    pass   total  search  TFLOP/s  share   GB  equal     inertia")
     for place, (kind, images, k) in enumerate(sizes):
-        features = draw(kind, rows_of_process(images, state), args.dim, device)
+        features = draw(kind, share(images, state), args.dim, device)
         row, centroids = time_kmeans(features, k, args.passes)
         row = {"data": kind, "images": images, "dim": args.dim, "k": k, "passes": args.passes} | row
         unit = normalised(features)
