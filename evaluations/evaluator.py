@@ -183,7 +183,7 @@ def report(
             notes.append(f"N={count:,}{biased}")
         print(line + (f" ({'; '.join(notes)})" if notes else ""))
 
-    path = out or first.with_name(f"{first.stem}.{network.name}.json")
+    path = out or first.with_name(f"{first.name if first.is_dir() else first.stem}.{network.name}.json")
     with contextlib.nullcontext() if out else if_writable(path):
         write_json(
             path,

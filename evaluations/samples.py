@@ -35,7 +35,8 @@ class Samples:
             raise ValueError(f"{path}: holds {found:,} images; {beside}: {intended:,}; run its sampling command again")
         self.count = found if num_samples is None else num_samples
         if not 4 <= self.count <= found:
-            raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected 4 to {found:,}")
+            many = f"4 to {found:,}" if found >= 4 else "at least 4; sample more"
+            raise ValueError(f"{path}: holds {found:,} images, {self.count:,} asked for; expected {many}")
 
     def protocol(self) -> str:
         """How many images, and how they were sampled, as far as samples.json says."""

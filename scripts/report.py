@@ -1,9 +1,10 @@
 """The table *published / reproduced / command*, and what everything cost, from the results of the commands.
 
-    python -m scripts.report samples/*/samples.*.json banks/*/ data/*/ runs/*/ --out report.md
+    python -m scripts.report samples/*/ banks/*/ data/*/ runs/*/ --out report.md
 
-Takes, in any order, JSON files of evaluations.evaluator, and the folders of banks, stores and training runs, which it
-finds again by the hashes that the samples.json inside each result names. Prints Markdown:
+Takes, in any order, JSON files of evaluations.evaluator or folders of samples, beside which it leaves them, and the
+folders of banks, stores and training runs, which are found again by the hashes that the samples.json inside each result
+names. Prints Markdown:
 
     published and reproduced   a line for each figure quoted from a paper (scripts/quoted.py), and below it what the
                                published weights and our own training scored; a line that was not run stays empty, with
@@ -16,6 +17,7 @@ finds again by the hashes that the samples.json inside each result names. Prints
 import argparse
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("sources", metavar="SOURCE", type=Path, nargs="*", help="evaluator's JSON; folder of a bank, a store or a run")
+    add("sources", metavar="SOURCE", type=Path, nargs="*", help="evaluator's JSON; folder of samples, a bank, …")
     add("--out", metavar="FILE", type=Path, help="write the Markdown here too")
     return parser.parse_args(argv)
 
@@ -174,8 +176,15 @@ class Sources:
                 self.stores[meta["fingerprint"]] = meta
             elif (path / "config.json").is_file():
                 self.runs.append(path.resolve())
+            elif (path / "samples.json").is_file():
+                results = [*sorted(path.glob("samples.*.json")), *sorted(path.parent.glob(f"{path.name}.*.json"))]
+                self.results += map(Result, results)
+                if not results:
+                    print(
+                        f"note: {path} is not scored yet: python -m evaluations.evaluator REF {path}", file=sys.stderr
+                    )
             else:
-                raise ValueError(f"{path}: expected a JSON file, or the folder of a bank, a store or a training run")
+                raise ValueError(f"{path}: expected a JSON file, or the folder of samples, a bank, a store or a run")
 
     def bank(self, result: Result) -> dict | None:
         """bank.json of the bank that the samples were drawn from."""

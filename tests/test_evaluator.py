@@ -23,6 +23,7 @@ from evaluations.images import ChosenImages, open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
 from evaluations.metrics import frechet_distance, precision_recall
 from scripts.fetch import FILES
+from test_copies import run_two
 
 ENCODER = "test_vit"
 
@@ -356,6 +357,17 @@ def test_places_that_cannot_be_written_do_not_stop_the_evaluation(
         evaluate(real, fake)
 
 
+def test_the_result_lies_beside_the_samples_under_their_whole_name(encoder_weights, tmp_path):
+    """`guided-1.5` and `guided-1.8` must not be one file."""
+    save_npz(tmp_path / "ref.npz", pictures(24))
+    save_folder(tmp_path / "guided-1.5", pictures(5))
+    network = ["--encoder", ENCODER, "--encoder-weights", str(encoder_weights), "--no-cache"]
+    for name in ("guided-1.5", "ref.npz"):
+        evaluator.main([str(tmp_path / "ref.npz"), str(tmp_path / name), *network])
+    found = {path.name for path in tmp_path.glob("*.json")}
+    assert found == {f"guided-1.5.{ENCODER}.json", f"ref.{ENCODER}.json"}
+
+
 def test_more_seeds_give_mean_and_spread(evaluate, tmp_path):
     real = save_npz(tmp_path / "ref.npz", pictures(24))
     sets = [save_npz(tmp_path / f"{seed}.npz", pictures(20, seed=seed)) for seed in (1, 2, 3)]
@@ -407,8 +419,10 @@ def test_the_number_of_samples_must_be_what_their_maker_says(evaluate, tmp_path)
     fewer = save_npz(tmp_path / "fewer.npz", pictures(20, seed=1)[:8])
     _, first = evaluate(real, save_npz(tmp_path / "y.npz", pictures(20, seed=1)), "--num-samples", "8")
     assert first["metrics"] == evaluate(real, fewer)[1]["metrics"]
-    with pytest.raises(ValueError, match="holds 8 images, 9 asked for"):
+    with pytest.raises(ValueError, match="holds 8 images, 9 asked for; expected 4 to 8"):
         evaluate(real, fewer, "--num-samples", "9")
+    with pytest.raises(ValueError, match="holds 2 images, 2 asked for; expected at least 4"):
+        evaluate(real, save_npz(tmp_path / "two.npz", pictures(2)))
 
 
 def test_a_result_beside_the_samples_is_not_what_their_maker_says(evaluate, tmp_path):
@@ -417,6 +431,19 @@ def test_a_result_beside_the_samples_is_not_what_their_maker_says(evaluate, tmp_
     _, first = evaluate(real, fake)
     (tmp_path / "x.json").write_text(json.dumps(first))
     assert evaluate(real, fake)[1]["samples"] == first["samples"]
+
+
+def test_processes_agree_whether_the_reference_is_known(evaluate, encoder_weights, tmp_path, monkeypatch):
+    """Another command may keep its features between one process's look and the next one's."""
+    ref, images = save_npz(tmp_path / "ref.npz", pictures(12)), save_npz(tmp_path / "x.npz", pictures(8, seed=1))
+    _, alone = evaluate(ref, images)
+    load = reference.load_summary
+    late = lambda *given: None if os.environ.get("RANK") == "1" else load(*given)  # noqa: E731
+    monkeypatch.setattr(reference, "load_summary", late)
+    words = ["--encoder", ENCODER, "--encoder-weights", encoder_weights, "--out", tmp_path / "two.json"]
+    run_two(evaluator.main, [*map(str, (ref, images, *words))])
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["metrics"] == pytest.approx(alone["metrics"], rel=1e-3)
 
 
 def test_two_processes_give_the_numbers_of_one(evaluate, encoder_weights, environment, tmp_path, root):

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import shutil
 import struct
 import subprocess
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_recipes import environment, python  # noqa: F401  (fixtures)
 
 import sample_ddp
 import train
@@ -323,6 +323,20 @@ def test_results_of_different_protocols_never_share_a_table(doctored, capsys):
         pages(capsys, doctored("e", 3.6), doctored("f", 3.7, sha256="f" * 64))
 
 
+def test_a_folder_of_samples_brings_its_results(made, tmp_path, capsys):
+    folder = tmp_path / "gmem-1.5"
+    folder.mkdir()
+    shutil.copy(made.samples / "samples.json", folder)
+    page = pages(capsys, folder)
+    assert "## Other results" not in page
+    for name in (folder / "samples.toy.json", tmp_path / "gmem-1.5.toy.json"):  # of an npz, and of PNG files alone
+        shutil.copy(made.result, name)
+        assert pages(capsys, folder) == pages(capsys, name)
+        name.unlink()
+    report.main([str(folder)])
+    assert f"{folder} is not scored yet" in capsys.readouterr().err
+
+
 def test_what_is_no_source_is_named(made, tmp_path):
     with pytest.raises(ValueError, match=r"bank\.json is no result of evaluations"):
         report.main([str(made.bank / "bank.json")])
@@ -332,7 +346,7 @@ def test_what_is_no_source_is_named(made, tmp_path):
     )
     with pytest.raises(ValueError, match=r"controls\.json is no result of evaluations"):
         report.main([str(tmp_path / "controls.json")])
-    with pytest.raises(ValueError, match="expected a JSON file, or the folder of a bank, a store or a training run"):
+    with pytest.raises(ValueError, match="expected a JSON file, or the folder of samples, a bank, a store or a run"):
         report.main([str(tmp_path)])
 
 
@@ -414,7 +428,7 @@ def test_the_curve_keeps_protocols_apart(doctored, tmp_path, capsys):
 # evaluate.sh
 
 
-def test_evaluate_script_from_end_to_end(made, environment, root, tmp_path):  # noqa: F811
+def test_evaluate_script_from_end_to_end(made, environment, root, tmp_path):
     """The page on a set of samples; and a run's checkpoints, one of which vanishes while its like is kept."""
     variables = environment | {"IMAGES": "6", "STEPS": "2"}
     script = ["bash", str(root / "scripts" / "evaluate.sh")]
