@@ -207,6 +207,7 @@ def test_a_network_whose_kernels_fail_runs_by_pytorch():
     with pytest.warns(UserWarning, match="models/fused.py fail.*PyTorch runs the blocks") as told:
         assert torch.equal(network.velocity(x, c), expected)
     assert len(told) == 1
+    assert all(part._compiled_call_impl for part in (*network.blocks, network.final_layer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(network.velocity(x, c), expected)
