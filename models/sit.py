@@ -63,7 +63,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):  # the meta device has none
-            return self.mlp(self.features(t))  # (B, D)
+            return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -95,7 +95,8 @@ class SnippetProjection(nn.Module):
         self.dropout = nn.Dropout(options.snippet_dropout)
 
     def forward(self, snippets: Tensor) -> Tensor:
-        snippets = F.normalize(snippets.float(), dim=-1) * self.scale  # (B, F)
+        wide = torch.promote_types(torch.float32, self.linear.weight.dtype)
+        snippets = F.normalize(snippets.to(wide), dim=-1) * self.scale  # (B, F)
         if self.dropout_at == "snippet":
             return self.linear(self.dropout(snippets))  # (B, D)
         return self.dropout(self.linear(snippets))  # (B, D)

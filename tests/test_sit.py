@@ -150,6 +150,18 @@ def test_forward_is_the_published_arithmetic():
     torch.testing.assert_close(model(x, t, snippet), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("condition", conditions)
+def test_a_network_in_float64_agrees_with_float32(condition):
+    """So that the network itself can be the exact reference of a faster form."""
+    model = randomise(small(condition=condition, align_dims=(7,), align_depth=2, null_dropout=0.1)).eval()
+    x, t, cond = inputs(model)
+    velocity, [tokens] = model(x, t, cond, return_tokens=True)
+    wide, [wide_tokens] = model.double()(x.double(), t.double(), cond, return_tokens=True)
+    assert (wide.dtype, wide_tokens.dtype) == (torch.float64, torch.float64)
+    for narrow, exact in ((velocity, wide), (tokens, wide_tokens)):
+        assert (narrow - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def test_positions_code_the_column_first_and_sine_before_cosine():
     grid = position_embedding(8, 5)[0].reshape(5, 5, 8)
     h, w = 3, 2
