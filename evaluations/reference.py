@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from evaluations.features import Network, Summary, summarize
 from evaluations.images import open_images, reading
@@ -58,7 +59,7 @@ class Reference:
         key = hashlib.sha256(identity.encode()).hexdigest()
         file = self.path.with_name(f"{self.path.name}.{network.name}.{key[:12]}.npz")
         summary = load_summary(file, key, state.device) if cache else None
-        if summary is None:
+        if not all(gather_object([summary is not None])):  # another command may keep it between two processes' looks
             count = len(self.images)
             summary = summarize(self.images, count, self.kept, network, batch_size, state, "reference")
             if cache and state.is_main_process:

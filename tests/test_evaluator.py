@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from test_copies import run_two
 
 from benchmarks import bench_evaluate
 from evaluations import evaluator, features, inception, reference, samples
@@ -23,7 +24,6 @@ from evaluations.images import ChosenImages, open_images
 from evaluations.inception import WEIGHTS, Inception, find_weights
 from evaluations.metrics import frechet_distance, precision_recall
 from scripts.fetch import FILES
-from test_copies import run_two
 
 ENCODER = "test_vit"
 
