@@ -22,7 +22,7 @@ from memory.trust import Disagreement, distrust
 
 FACTOR = 4.0  # of PyTorch's error; that of right kernels is about the same, at the worst twice, of wrong ones a hundred
 FLOOR = 2.0**-18  # of a result's size: float32 sums in another order
-LONG = 1024  # tokens from which on one image is enough: float64 keeps the scores of all heads
+LONG = 1024  # tokens, beyond which it is one image: float64 keeps the scores of all heads
 LISTS = ("weights", "gradients", "first moments", "second moments", "averages")  # what an update reads and writes
 ADAMW, CLIP, STEP, SHARE = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}, 64.0, 3, 0.1  # half of the gradients' norm
 
@@ -115,9 +115,9 @@ class Comparison:
             return {"the output": output}
         leaves = inputs | dict(parts.named_parameters())
         # Normalised keys have one bias for all, which changes no weight: its gradient is rounding alone.
-        leaves = {name: leaf for name, leaf in leaves.items() if not name.endswith("k_norm.bias")}
-        gradients = torch.autograd.grad(output, list(leaves.values()), self.weights.to(output.dtype))
-        named = {f"the gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        read = [name for name, leaf in leaves.items() if leaf.requires_grad and not name.endswith("k_norm.bias")]
+        gradients = torch.autograd.grad(output, [leaves[name] for name in read], self.weights.to(output.dtype))
+        named = {f"the gradient of {name}": gradient for name, gradient in zip(read, gradients, strict=True)}
         return {"the output": output.detach(), **named}
 
     def errors(self, packed: bool) -> list[Error]:
