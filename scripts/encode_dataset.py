@@ -26,7 +26,6 @@ import contextlib
 import datetime
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from dataset import FORMAT, LABELS, META, NAMES, PROGRESS, holdout_path, layout, read_meta
 from memory.claim import claimed
 from memory.command import execute
-from memory.files import read_json
+from memory.files import free_space, read_json
 from memory.processes import from_main, join, share
 from memory.provenance import provenance
 from models.autoencoder import Codec, load_codec
@@ -242,9 +241,8 @@ def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
     sizes = {job.path / file: size for job in pending for file, size in job.sizes().items()}
     for path, size in sizes.items():
         print(f"  {path}: {size / 1e9:.3f} GB")
-    out = pending[0].path.absolute()
     missing = sum(size for path, size in sizes.items() if not path.exists())
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    free = free_space(pending[0].path)
     print(f"disk needed: {missing / 1e9:.3f} GB, free: {free / 1e9:.3f} GB", flush=True)
     tokens = sum(size for path, size in sizes.items() if path.parent.name == "patches")
     if tokens > LARGE_BYTES:

@@ -579,7 +579,7 @@ def test_values_that_are_not_finite_name_the_image(folder, weights, tmp_path):
 def test_the_disk_is_checked_and_reserved_before_anything_is_written(folder, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
-        patch.setattr(encode_dataset.shutil, "disk_usage", lambda path: usage(1000))
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1000))
         with pytest.raises(ValueError, match=r"0\.000 GB free: make room"):
             run(folder, tmp_path / "s", "--keep-images")
     assert "disk needed: 0.000 GB" in capsys.readouterr().out
