@@ -157,7 +157,7 @@ class MemoryBank:
         if self._unit is None:
             self._unit = normalised(self.snippets)
         found = []
-        for some in features.detach().split(ROWS):
+        for some in features.split(ROWS):
             some = some.to(self.snippets.device)
             refuse("features", undirected(some), len(found) * ROWS)
             found.append(assign(normalised(some), self._unit))

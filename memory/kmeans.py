@@ -93,7 +93,7 @@ def normalised(rows: torch.Tensor) -> torch.Tensor:
     A row of zeros becomes NaN; `undirected` finds such rows beforehand.
     """
     unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    for some, out in zip(rows.split(ROWS), unit.split(ROWS), strict=True):
+    for some, out in zip(rows.detach().split(ROWS), unit.split(ROWS), strict=True):
         wide = some.double()
         length = ordered_sum(wide * wide).sqrt()
         out.copy_((wide / length[:, None] * GRID).round() / GRID + 0.0)  # + 0.0 makes -0.0 the one zero

@@ -37,6 +37,13 @@ def test_normalised_rows_are_unit_length_on_the_grid_and_do_not_depend_on_scale_
     assert not torch.signbit(normalised(torch.tensor([[1.0, -1e-20]]))).any()  # one zero: files compare byte by byte
 
 
+def test_features_that_carry_gradients_are_plain_numbers():
+    features = clumps(40, 5, 3)
+    plain, carrying = kmeans(features, 3, 2), kmeans(features.clone().requires_grad_(), 3, 2)
+    assert torch.equal(plain.centroids, carrying.centroids)
+    assert not carrying.centroids.requires_grad
+
+
 def test_ordered_sum_is_a_sum_whatever_the_width():
     for width in (1, 2, 3, 7, 768, 1000):
         values = torch.randn(3, width, dtype=torch.float64)
