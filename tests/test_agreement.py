@@ -38,11 +38,12 @@ def choice(network, packed=False, precision=HALF, device="cpu"):
     """What `agreement.trusted` says of this network, and its warnings; the random generator stays as it is."""
     x = torch.randn(3, *network.latent_shape, device=device)
     c = torch.randn(3, network.pos_embed.shape[-1], device=device)
-    state = torch.get_rng_state()
+    generator = torch.cuda if device == "cuda" else torch
+    state = generator.get_rng_state()
     with warnings.catch_warnings(record=True) as told, torch.autocast(device, precision, precision is not None):
         warnings.simplefilter("always")
         chosen = agreement.trusted(network, packed, kernels.entrance(network, x) | {"c": c})
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_rng_state(), state)
     return chosen, [str(warning.message) for warning in told if "models/" in str(warning.message)]
 
 
