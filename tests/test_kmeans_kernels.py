@@ -298,6 +298,18 @@ def test_a_search_that_fails_is_not_tried_again():
     assert all(torch.equal(labels, assign_plain(features, centroids)) for labels in found)
 
 
+def test_searches_are_counted_for_the_comparison(monkeypatch):
+    fused = pytest.importorskip("memory.fused")
+    features, asked = normalised(clumps(200, 16, 20)), []
+    monkeypatch.setattr(fused, "Search", lambda features: lambda centroids, guess: (None, None))
+    monkeypatch.setattr(fused, "check_labels", lambda *given: asked.append(given[3]))
+    with forced(True), trusting():
+        search = memory.kmeans.nearest(features)
+        for _ in range(3):
+            search(features[:20])
+    assert asked == [0, 1, 2]
+
+
 def test_where_hoppers_own_kernel_errs_the_portable_one_searches(monkeypatch):
     fused, kernels = (pytest.importorskip(f"memory.{name}") for name in ("fused", "kernels"))
     features, centroids = normalised(clumps(200, 16, 20)), normalised(clumps(30, 16, 20))
