@@ -273,27 +273,27 @@ class Trainer:
         return iter(DataLoader(store, sampler=steps, batch_size=None, pin_memory=self.device.type == "cuda", **options))
 
     def accumulate(self, batch: dict) -> Tensor:
-        """Gradients of the global batch of `self.step`, by micro-batches; sums (3,) of this process's losses."""
+        """Gradients of the global batch of `self.step`, by micro-batches; `micro_step`'s sums over them."""
         args = self.args
         draws = draw(args.seed, self.step, args.batch_size, self.network.latent_shape, args.time, self.device)
         draws = draws[self.rows]
         latents, cond = self.data.latents(batch, draws.posterior), self.data.cond(batch)
-        targets = self.data.align_targets(batch)
+        patches = self.data.align_targets(batch)
         sums = torch.zeros(3, device=self.device)
         for micro, start in enumerate(range(0, self.local_batch, self.micro_batch)):
             rows = slice(start, start + self.micro_batch)
             torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index, micro, DROPOUT_STREAM))
             ends = start == 0, start + self.micro_batch == self.local_batch
-            sums += self.run_micro_step(*ends, *take((latents, cond, draws, targets), rows))
+            sums += self.run_micro_step(*ends, *take((latents, cond, draws, patches), rows))
         return sums
 
-    def micro_step(self, first: bool, last: bool, latents: Tensor, cond: object, draws: Draws, targets: list) -> Tensor:
+    def micro_step(self, first: bool, last: bool, latents: Tensor, cond: object, draws: Draws, patches: list) -> Tensor:
         """Add a micro-batch's gradients to those before it, if not `first`, and after the `last` average them over the
-        processes; sums (3,) of its losses."""
+        processes; sums (3,) over its images of the loss and of its parts, velocity and alignment (0 without)."""
         if first:
             self.optimizer.zero_grad(set_to_none=True)
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-            losses = self.loss(self.model, latents, cond, draws, targets)
+            losses = self.loss(self.model, latents, cond, draws, patches)
             self.accelerator.backward(losses.total.sum() / self.local_batch)
         align = losses.velocity.new_zeros(1) if losses.align is None else losses.align.detach()
         return torch.stack([losses.total.detach().sum(), losses.velocity.detach().sum(), align.sum()])
