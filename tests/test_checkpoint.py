@@ -89,6 +89,12 @@ def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
     MemoryBank(torch.randn(5, 12), [1] * 5, meta={"encoder": "another"}).save(other)
     with pytest.raises(ValueError, match="made by encoder 'another'; the checkpoint's is 'toy'"):
         load_model(path, bank=other)
+    change(path, checkpoint, encoder=None)  # of a published file, which names none
+    assert load_model(path, bank=other)[2].meta["encoder"] == "another"
+    change(path, checkpoint, bank={**checkpoint["bank"], **hashes})
+    (tmp_path / "bank" / "bank.freq").unlink()
+    with pytest.raises(ValueError, match=r"bank.freq is missing"):
+        load_model(path)
     (tmp_path / "bank" / "bank.pth").unlink()
     with pytest.raises(ValueError, match="is not there: pass its place as --bank"):
         load_model(path)
@@ -156,6 +162,9 @@ def test_objects_and_foreign_dictionaries_are_refused(tmp_path):
         read_checkpoint(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="it holds state_dict; expected model_config"):
+        read_checkpoint(path)
+    torch.save(7, path)
+    with pytest.raises(ValueError, match="it holds int; expected model_config"):
         read_checkpoint(path)
 
 

@@ -191,6 +191,7 @@ def test_the_figures_by_hand():
     """Columns: distance, row, view, the neighbour's own distance; 200 held-out distances 1 … 200, of which 1% is 2."""
     samples = torch.tensor([[0, 5, 0, 0], [2, 5, 0, 1], [3, 6, 0, 3], [9, 7, 1, 4]], dtype=torch.float64)
     held_out = torch.arange(1, 201, dtype=torch.float64)[:, None] * torch.tensor([1, 0, 0, 2], dtype=torch.float64)
+    held_out[:2, 3] = 1
     finding = Finding("any", samples, held_out)
     result = finding.result()
     assert result["threshold"] == 2
@@ -198,7 +199,7 @@ def test_the_figures_by_hand():
     assert result["excess"] == 0.49
     assert result["standard_error"] == pytest.approx((0.25 / 4 + 0.01 * 0.99 / 200) ** 0.5)
     assert result["authenticity"] == 0.5  # 2 > 1 and 9 > 4, but neither 0 > 0 nor 3 > 3
-    assert result["authenticity_held_out"] == 0
+    assert result["authenticity_held_out"] == 0.005  # 2 > 1, but neither 1 > 1 nor any other
     assert finding.suspicious().tolist() == [0, 1, 2, 3]
 
 
@@ -394,6 +395,11 @@ def test_controls_of_things_that_do_not_belong_together(sampled, store, bank, we
     with pytest.raises(ValueError, match=r"--bank .*bank\.pth is not the file"):
         control(samples, store, bank, weights)
     write_made(tmp_path, settings | {"bank": {}})
+    whole = samples.read_bytes()
+    np.savez(samples, arr_0=np.zeros((30, 14, 14, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"its images are \(14, 14\), .* \(28, 28\) .*resize one side"):
+        control(samples, store, bank, weights)
+    samples.write_bytes(whole)
     memory = MemoryBank.load(bank)
     memory.meta |= {"store_fingerprint": "other"}
     memory.save(tmp_path / "bank.pth")

@@ -164,6 +164,17 @@ def test_a_search_among_all_copies_no_store():
     assert rows.tolist() == [2, 9]
 
 
+def test_names_that_come_twice_are_groups(tmp_path):
+    """As of two pictures by each hand."""
+    (tmp_path / "files.txt").write_text("a/one.png\nb/one.png\na/two.png\nb/two.png\n")
+    store = SimpleNamespace(path=tmp_path, labels=np.array([0, 1, 0, 1]), meta={"num_classes": 2, "class_names": None})
+    twice = shares.grouped(store, False, None)
+    assert (twice.names, twice.groups.tolist()) == (["one", "two"], [0, 0, 1, 1])
+    (tmp_path / "files.txt").write_text("a/one.png\nb/one.png\na/two.png\nb/three.png\n")
+    once = shares.grouped(store, False, None)
+    assert (once.names, once.groups.tolist()) == (["0", "1"], [0, 1, 0, 1])
+
+
 def test_labels_of_a_file(count, store, tmp_path):
     np.save(tmp_path / "labels.npy", np.array([1, 2]))
     digest = sha256(tmp_path / "labels.npy")
