@@ -230,12 +230,13 @@ def _best_two(
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Switch off TF32 and bfloat16 inside float32 products: the error bound of `assign` counts on float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision  # torch.get_float32_matmul_precision fails where these two differ
+    cuda.fp32_precision = cpu.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        cuda.fp32_precision, cpu.fp32_precision = before
 
 
 def kmeans(

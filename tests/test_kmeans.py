@@ -50,6 +50,25 @@ def test_ordered_sum_is_a_sum_whatever_the_width():
         assert torch.allclose(ordered_sum(values), values.sum(-1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_other_settings_of_float32_products_neither_disturb_nor_change(device):
+    """As several commands in one process leave them: PyTorch refuses to name the precision after the last of these."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    features = clumps(300, 64, 9).to(device)
+    expected = kmeans(features, 9, 2)
+    torch.set_float32_matmul_precision("medium")
+    for allowed in (True, False):
+        backends[0].allow_tf32 = allowed
+        set_to = [backend.fp32_precision for backend in backends]
+        found = kmeans(features, 9, 2)
+        assert torch.equal(found.centroids, expected.centroids)
+        assert [backend.fp32_precision for backend in backends] == set_to
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(backends, before, strict=True):
+        backend.fp32_precision = precision
+
+
 def test_passes_equal_lloyds_algorithm_written_out_in_float64():
     features, k = clumps(400, 12, 9), 9
     centres = torch.randn(k, 12, generator=torch.Generator().manual_seed(3))
