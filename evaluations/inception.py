@@ -15,6 +15,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from memory.files import reading, sha256, weights_folder
+from memory.kmeans import full_precision
 from scripts.fetch import url_of
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -94,7 +95,7 @@ class Inception(nn.Module):
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> Features:
         """uint8 images (B, 3, H, W) in RGB, any size."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # tf32 keeps 10 bits of each product
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), full_precision():  # tf32 keeps 10 bits
             images = images.contiguous(memory_format=self.layout)
             pool, logits = self.network(images)  # (B, 2048), (B, 1008)
         return Features(pool, self.spatial, logits.softmax(1))
