@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
-from memory.trust import triton_release
+from memory.trust import distrust, triton_release
 from models import agreement, kernels, update
 from models.sit import SiT, SiT_models
 
@@ -290,15 +290,41 @@ def test_kernels_agree_on_a_gpu(model, trains):
 
 
 @pytest.mark.gpu
-def test_what_triton_once_compiled_wrong_is_found(monkeypatch):
-    """Attention of 64 tokens in heads of 72, which models/attention.py leaves out for that."""
+def test_what_triton_once_compiled_wrong_is_found(root):
+    """Attention of 64 tokens in heads of 72, which models/attention.py leaves out for that: wrong numbers, or an access
+    that ends a process's use of the GPU, so it happens in one of its own."""
     if not kernels.can_pack("cuda") or not triton_release().startswith("3.6."):
         pytest.skip("seen on an H200 with Triton 3.6")
-    monkeypatch.setattr(attention, "SHAPES", ((64, 72),))
-    with kernels.fast_attention("cuda", 64):
-        chosen, [told] = choice(SiT_models["SiT-XL/4"](condition="none").cuda(), True, torch.bfloat16, "cuda")
-    assert chosen is False
-    assert "models/attention.py are wrong" in told
+    program = """if True:
+        import test_agreement as tests
+        tests.attention.SHAPES = ((64, 72),)
+        network = tests.SiT_models["SiT-XL/4"](condition="none").cuda()
+        with tests.kernels.fast_attention("cuda", 64):
+            try:
+                chosen, [told] = tests.choice(network, True, tests.torch.bfloat16, "cuda")
+                assert chosen is False
+            except RuntimeError as error:
+                told = str(error)
+        print(told)"""
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = "are wrong: 64 tokens of 1152 numbers", "fail, and the GPU takes nothing more"
+    assert any(f"the kernels of models/attention.py {how}" in told for how in found), told
+
+
+def test_a_gpu_that_computes_no_more_is_an_error(monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Z100")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    gpu = torch.device("cuda")
+    with pytest.warns(UserWarning, match=r"Z100 .* of some.py fail: ValueError: no; PyTorch does it"):
+        distrust("some.py", ValueError("no"), gpu, "PyTorch does it")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match=r"of some.py fail, and the GPU takes nothing more.*illegal.*without Triton"):
+        distrust("some.py", RuntimeError("CUDA error: an illegal memory access\nhint"), gpu, "PyTorch does it")
 
 
 @pytest.mark.gpu
