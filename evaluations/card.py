@@ -77,13 +77,19 @@ def score_tables(controls: dict) -> str:
     for name, reference in controls["references"].items():
         rows = [
             {"": title, "N": f"{row['num_images']:,}"}
-            | {metric: f"{value:.4g}" for metric, value in row["metrics"][name].items()}
+            | {metric: with_deviation(value, metric, row, name) for metric, value in row["metrics"][name].items()}
             for title, row in controls["rows"].items()
             if name in row["metrics"]
         ]
         parts.append(f"Against {name} images, {reference['path']} (sha256 {reference['sha256'][:12]}):")
         parts.append(table(rows))
     return "\n\n".join(parts)
+
+
+def with_deviation(value: float, metric: str, row: dict, reference: str) -> str:
+    """A figure, with the standard deviation over several draws of the row's images where it is known."""
+    known = row.get("deviation", {}).get(reference, {})
+    return f"{value:.4g}" + (f" ± {known[metric]:.2g}" if metric in known else "")
 
 
 def copy_table(copies: dict) -> str:

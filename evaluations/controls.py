@@ -47,6 +47,7 @@ from memory.provenance import provenance
 from models.kernels import fitting
 from samplers import SNIPPET_DRAW, noise, uniform
 
+RANDOM, COPIED = "random training images", "training images of the snippets"
 DRAWN = 1024  # snippets drawn at once, since each takes the whole starting noise of its image
 
 
@@ -59,8 +60,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--store", type=Path, required=True, help="store of the training images; STORE-holdout lies beside it")
     add("--bank", type=Path, required=True, help="the bank that the samples' snippets were drawn from")
     add("--out", metavar="FILE", type=Path, required=True, help="JSON of the results")
+    add("--draws", type=int, default=1, help="of random training images; several also tell their standard deviation")
     add_shared(parser)
     args = parser.parse_args(argv)
+    if args.draws < 1:
+        parser.error(f"--draws {args.draws}: expected 1 or more")
     check_shared(parser, args)
     return args
 
@@ -84,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     copied = rows_of_snippets(samples, bank.to(state.device), store, state.device)
     sets: dict[str, ImageSet] = {
         "samples": samples.images,
-        "random training images": ChosenImages(store.path, spread(len(store), samples.count)),
-        "training images of the snippets": ChosenImages(store.path, copied),
+        RANDOM: ChosenImages(store.path, spread(len(store), samples.count)),
+        COPIED: ChosenImages(store.path, copied),
         "held-out images": ChosenImages(holdout.path, spread(len(holdout), samples.count)),
     }
     known = {name: ref.summary(network, batch_size, state, not args.no_cache) for name, ref in references.items()}
@@ -94,6 +98,11 @@ def main(argv: list[str] | None = None) -> None:
         title: summarize(images, counts[title], range(counts[title]), network, batch_size, state, title)
         for title, images in sets.items()
     }
+    draws = [found[RANDOM]]
+    for draw in range(1, args.draws):
+        images = ChosenImages(store.path, spread(len(store), samples.count, draw))
+        number = len(images)
+        draws.append(summarize(images, number, range(number), network, batch_size, state, f"{RANDOM}, draw {draw + 1}"))
 
     if state.is_main_process:  # no other process waits for it any more
         rows = {title: {"num_images": count, "metrics": {}} for title, count in counts.items()}
@@ -101,6 +110,12 @@ def main(argv: list[str] | None = None) -> None:
             if (title, name) != ("held-out images", "held-out"):
                 values = metrics(known[name], found[title], network.name, with_images)
                 rows[title]["metrics"][name] = values
+        if len(draws) > 1:
+            several = {
+                name: [metrics(known[name], summary, network.name, with_images) for summary in draws]
+                for name in references
+            }
+            rows[RANDOM]["deviation"] = {name: deviation(values) for name, values in several.items()}
         related = samples.related_to(network.name)
         warnings = warnings_about(network, related)
         if samples.count < ENOUGH:
@@ -155,9 +170,14 @@ def rows_of_snippets(samples: Samples, bank: MemoryBank, store: LatentDataset, d
     return found.rows[back].tolist()
 
 
-def spread(count: int, number: int) -> list[int]:
-    """Random rows of a store, at most `number` of its `count`, ascending and the same in every run."""
-    return sorted(np.random.default_rng(0).permutation(count)[:number].tolist())
+def spread(count: int, number: int, draw: int = 0) -> list[int]:
+    """Random rows of a store, at most `number` of its `count`, ascending; each draw the same in every run."""
+    return sorted(np.random.default_rng(draw).permutation(count)[:number].tolist())
+
+
+def deviation(draws: list[dict[str, float]]) -> dict[str, float]:
+    """Standard deviation of each metric over several draws."""
+    return {name: float(np.std([values[name] for values in draws], ddof=1)) for name in draws[0]}
 
 
 if __name__ == "__main__":

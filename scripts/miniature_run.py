@@ -34,6 +34,7 @@ WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's 
 SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
 SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
+DRAWS = 5  # of random training images, for their standard deviation
 AUDITED = ("near_copies", "near_copies_held_out", "excess", "standard_error", "authenticity", "authenticity_held_out")
 
 
@@ -262,13 +263,14 @@ class Run:
         if title in known["rows"]:
             return
         words = [store, str(samples), "--store", store, "--bank", str(self.bank), "--out", str(out)]
-        call(controls, [*words, *self.data.metric])
+        call(controls, [*words, *self.data.metric, "--draws", str(DRAWS)])
         found = read_json(out)
         for row, figures in found["rows"].items():
-            scores = {key.replace("-", "_"): named(values) for key, values in figures["metrics"].items()}
-            name = title if row == "training images of the snippets" else row
+            name = title if row == controls.COPIED else row
             if row != "samples":
-                known["rows"][name] = {"num_images": figures["num_images"], **scores}
+                known["rows"][name] = {"num_images": figures["num_images"], **by_reference(figures["metrics"])}
+            if "deviation" in figures:
+                known["rows"][name]["deviation"] = by_reference(figures["deviation"])
         write_json(path, known | {"made": found["run"]})
 
     def clean(self, last: Path) -> None:
@@ -286,6 +288,11 @@ def searched_name(arm: str, lr: float, scale: float | None) -> str:
 def named(metrics: dict[str, float]) -> dict[str, float]:
     """The evaluator's figures without the encoder's name: fd, precision, recall, kd."""
     return {key.partition("-")[0].lower(): value for key, value in metrics.items()}
+
+
+def by_reference(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Figures against each reference under the names of the logs: training, held_out."""
+    return {reference.replace("-", "_"): named(metrics) for reference, metrics in figures.items()}
 
 
 def in_words(figures: dict[str, float]) -> str:

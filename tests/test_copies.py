@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import statistics
 import struct
 
 import numpy as np
@@ -372,18 +373,38 @@ def test_control_rows_and_the_card(sampled, store, bank, weights, capsys, tmp_pa
         card.main([*map(str, names), "--out", str(tmp_path / "card.md")])
 
 
+def test_several_draws_of_training_images_tell_their_deviation(sampled, store, bank, weights, monkeypatch, capsys):
+    """That of the figures which the row itself has when another draw comes first."""
+    samples, _ = sampled
+    rows = control(samples, store, bank, weights, "--draws", "3")["rows"]
+    assert "| random training images " in capsys.readouterr().out.partition(" ± ")[0].splitlines()[-1]
+    first, rule = [rows["random training images"]["metrics"]], controls.spread
+    for draw in (1, 2):
+        monkeypatch.setattr(controls, "spread", lambda count, number, _=0, draw=draw: rule(count, number, draw))
+        first.append(control(samples, store, bank, weights)["rows"]["random training images"]["metrics"])
+    for reference, metrics in rows["random training images"]["deviation"].items():
+        for name, value in metrics.items():
+            assert value == pytest.approx(statistics.stdev(one[reference][name] for one in first), rel=1e-4, abs=1e-9)
+    assert rows["random training images"]["deviation"]["held-out"]["FD-test_vit"] > 0
+    with pytest.raises(SystemExit):
+        control(samples, store, bank, weights, "--draws", "0")
+    assert "--draws 0: expected 1 or more" in capsys.readouterr().err
+
+
 def test_two_processes_score_the_rows_that_one_scores(sampled, store, bank, weights):
     samples, _ = sampled
-    alone = control(samples, store, bank, weights)
+    alone = control(samples, store, bank, weights, "--draws", "2")
     out = samples.with_name("two.json")
     places = [store, samples, "--store", store, "--bank", bank, "--out", out, "--encoder-weights", weights]
-    run_two(controls.main, [*map(str, places), "--encoder=test_vit", "--no-cache", "--batch-size=4"])
+    run_two(controls.main, [*map(str, places), "--encoder=test_vit", "--no-cache", "--batch-size=4", "--draws=2"])
     two = json.loads(out.read_text())
     assert (two["run"]["processes"], alone["run"]["processes"]) == (2, 1)
     assert two["different_copies"] == alone["different_copies"]
     for title, row in alone["rows"].items():
         for reference, metrics in row["metrics"].items():
             assert two["rows"][title]["metrics"][reference] == pytest.approx(metrics, rel=1e-6), (title, reference)
+    deviation = [result["rows"]["random training images"]["deviation"]["held-out"] for result in (two, alone)]
+    assert deviation[0] == pytest.approx(deviation[1], rel=1e-4, abs=1e-9)
 
 
 def test_controls_of_things_that_do_not_belong_together(sampled, store, bank, weights, tmp_path):

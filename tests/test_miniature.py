@@ -100,6 +100,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
     rows = log(places, "controls")["rows"]
     assert "held_out" not in rows["held-out images"]
     assert rows["random training images"]["held_out"]["fd"] > 0
+    assert rows["random training images"]["deviation"]["held_out"].keys() == {"fd", "precision", "recall", "kd"}
 
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
