@@ -23,7 +23,6 @@ DIVERSE = ("none", "label", "nearest-10", "own")  # arms whose gain is followed 
 FLOOR = "random training images"  # the control row that no arm is expected to beat
 SEEDS = 3  # of a primary arm
 STEPS = 8_000  # of a run that counts
-SAME_SPEED = 1.2  # largest quotient of speeds at which seconds of different runs compare
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
 
@@ -53,6 +52,25 @@ class Arm:
     def final(self) -> float:
         """Mean distance at the last step."""
         return float(self.distances[-1].mean())
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it trains with the alignment term."""
+        return self.name.endswith("-align")
+
+    def seconds(self, rate: float) -> np.ndarray:
+        """Seconds of training at each step (steps,), at `rate` images a second."""
+        return self.values("images").mean(1) / rate
+
+    def until(self, step: int) -> "Arm":
+        """The arm as it was at a step: without later points, and other ways to sample the weights of the last one."""
+        if step == self.steps[-1]:
+            return self
+        cut = [
+            run | {"curve": [point for point in run["curve"] if point["step"] <= step], "variants": {}}
+            for run in self.runs
+        ]
+        return Arm(self.name, cut)
 
 
 @dataclass(frozen=True)
@@ -208,8 +226,16 @@ def dataset(arms: dict[str, Arm]) -> str:
     return next(iter(arms.values())).runs[0]["dataset"]
 
 
-def speeds(arms: dict[str, Arm]) -> tuple[float, float] | None:
-    """Lowest and highest images a second of training where arms that cost the same differ, as on a shared GPU."""
-    alike = [run for arm in arms.values() if not arm.name.endswith("-align") for run in arm.runs]
-    rates = sorted(run["images_per_second"] for run in alike if "images_per_second" in run)
-    return (rates[0], rates[-1]) if rates and rates[-1] > SAME_SPEED * rates[0] else None
+def rates(arms: dict[str, Arm]) -> dict[bool, float]:
+    """Images a second of training with alignment (True) and without: of the fastest run, since others may have shared
+    their GPU with one. Runs without a speed count as 1."""
+    found: dict[bool, float] = {}
+    for arm in arms.values():
+        fastest = max(run.get("images_per_second", 1.0) for run in arm.runs)
+        found[arm.aligned] = max(fastest, found.get(arm.aligned, 0.0))
+    return found
+
+
+def common_step(arms: Iterable[Arm]) -> int | None:
+    """The last step at which all of the arms were scored; None if there is none."""
+    return max(set.intersection(*(set(arm.steps) for arm in arms)), default=None)

@@ -7,7 +7,8 @@
 Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), FOLDER/controls.json and
         FOLDER/search/*.json
 Writes  FOLDER/curve.png   distance to held-out images over steps and over seconds of training: mean and range of seeds;
-                           a second row for the arms that are not primary, and for the size of the bank
+                           a second row for the arms that are not primary, and for the size of the bank. Seconds are
+                           those of the fastest run with or without alignment, since runs may have shared a GPU
         FOLDER/table.md    whether the claim holds, the same as a table, steps to the baselines' last distance, size of
                            the bank, search, ways to sample, real images, copies
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
@@ -45,17 +46,18 @@ from scripts.arms import (
     Arm,
     Target,
     audits,
+    common_step,
     dataset,
     differing,
     dig,
     missing,
+    rates,
     ratio_of,
     reach,
     read_arms,
     read_run,
     score,
     scored,
-    speeds,
     targets,
     variants,
 )
@@ -95,10 +97,11 @@ def main(argv: list[str] | None = None) -> None:
         save(draw(arms, floor), folder / "curve.png")
         if (name := dataset(arms)) in CHARACTERS:
             grown[CHARACTERS[name]] = (arms, floor)
-    if len(grown) > 1:
-        grown = dict(sorted(grown.items()))
-        write("\n\n".join(diversity(grown)), args.folders[0].parent / "diversity.md")
-        save(draw_diversity(grown), args.folders[0].parent / "diversity.png")
+    step = common_step(arms[name] for arms, _ in grown.values() for name in DIVERSE if name in arms) if grown else None
+    if len(grown) > 1 and step:
+        cut = {n: ({name: arm.until(step) for name, arm in grown[n][0].items()}, grown[n][1]) for n in sorted(grown)}
+        write("\n\n".join(diversity(cut, step)), args.folders[0].parent / "diversity.md")
+        save(draw_diversity(cut, step), args.folders[0].parent / "diversity.png")
 
 
 def write(text: str, path: Path) -> None:
@@ -145,8 +148,8 @@ def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict]) -> Iter
         if lines:
             yield f"## {title}"
             yield table(lines)
-    if apart := speeds(arms):
-        yield f"Speeds differ, {apart[0]:,.0f} to {apart[1]:,.0f} images/s of training: compare steps, not seconds."
+    speed = [f"{rate:,.0f} images/s with{'' if aligned else 'out'} alignment" for aligned, rate in rates(arms).items()]
+    yield f"Seconds are at the speed of the fastest run: {', '.join(speed)}."
 
 
 def claim(arms: dict[str, Arm], checks: list[Finding], baselines: list[Finding]) -> str:
@@ -252,6 +255,7 @@ def real(rows: dict[str, dict]) -> list[dict]:
     """What real images score, the floor first."""
     return [
         {"images": name, "N": f"{row['num_images']:,}", "FD": number(dig(row, ("held_out", "fd")))}
+        | {"± of draws": number(dig(row, ("deviation", "held_out", "fd")), ".2g")}
         | {"to training images": number(dig(row, ("training", "fd")))}
         | {what: number(dig(row, ("held_out", what)), ".3f") for what in ("precision", "recall")}
         for name, row in sorted(rows.items(), key=lambda item: item[0] != FLOOR)
@@ -267,7 +271,7 @@ def copies(arms: dict[str, Arm]) -> list[dict]:
     ]
 
 
-def diversity(sets: dict[int, tuple[dict[str, Arm], float]]) -> Iterable[str]:
+def diversity(sets: dict[int, tuple[dict[str, Arm], float]], step: int) -> Iterable[str]:
     """Markdown: how the gain over labels grows with the number of characters."""
     rows = []
     for characters, (arms, floor) in sets.items():
@@ -277,7 +281,7 @@ def diversity(sets: dict[int, tuple[dict[str, Arm], float]]) -> Iterable[str]:
             if name in arms and "label" in arms:
                 row[f"{name} to label's FD"] = reached(arms[name], targets(arms)["label"])
         rows.append(row)
-    yield "# Diversity: FD to held-out images, and steps to the last FD of label, by the number of characters"
+    yield f"# Diversity: FD to held-out images after {step:,} steps, and the steps to that of label, by characters"
     yield table(rows)
     yield "Images held out are few where characters are: distances compare within a row, and with its floor."
 

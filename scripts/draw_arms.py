@@ -9,9 +9,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
-from scripts.arms import DIVERSE, FLOOR, PRIMARY, SHARES, Arm, dataset, ratio_of, reach, speeds, targets
+from scripts.arms import (
+    DIVERSE,
+    FLOOR,
+    PRIMARY,
+    SHARES,
+    Arm,
+    common_step,
+    dataset,
+    rates,
+    ratio_of,
+    reach,
+    targets,
+)  # fmt: skip
 
-STEPS_TAKEN, SECONDS = "training steps", "seconds of training"
+STEPS_TAKEN, SECONDS = "training steps", "seconds of training, at the speed of the fastest run"
 # Okabe and Ito's colours, which colour-blind readers tell apart; arms with alignment are dashed, too
 COLOURS = {"none": "#666666", "label": "#0072B2", "label-align": "#56B4E9"}
 COLOURS |= {"nearest-10": "#D55E00", "nearest-10-align": "#E69F00", "own": "#009E73"}
@@ -27,30 +39,28 @@ def draw(arms: dict[str, Arm], floor: float) -> Figure:
     figure = Figure(figsize=(9, 4 * rows), layout="constrained")
     figure.suptitle(dataset(arms))
     panels = figure.subplots(rows, 2, squeeze=False)
-    draw_curves(panels[0, 0], first, floor, STEPS_TAKEN)
-    draw_curves(panels[0, 1], first, floor, SECONDS)
-    if speeds(arms):
-        panels[0, 1].set_xlabel(f"{SECONDS}: speeds differ, as on a shared GPU")
+    draw_curves(panels[0, 0], first, floor)
+    draw_curves(panels[0, 1], first, floor, rates(arms))
     if others:
         beside = {name: arms[name] for name in ("label", "nearest-10") if name in arms}
-        draw_curves(panels[1, 0], others | beside, floor, STEPS_TAKEN)
+        draw_curves(panels[1, 0], others | beside, floor)
         draw_sizes(panels[1, 1], arms, floor)
     return figure
 
 
-def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, label: str) -> None:
-    """Mean and range of each arm's seeds, its name at the line's end."""
+def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, speed: dict[bool, float] | None = None) -> None:
+    """Mean and range of each arm's seeds, its name at the line's end; over seconds, if `rates` are given."""
     ends, further = [], cycle(FURTHER)
     usual = mode(len(arm.runs) for arm in arms.values())
     for arm in arms.values():
-        places = np.array(arm.steps) if label == STEPS_TAKEN else arm.values("seconds").mean(1)
+        places = arm.seconds(speed[arm.aligned]) if speed else np.array(arm.steps)
         colour, count = COLOURS.get(arm.name) or next(further), len(arm.runs)
         panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker="o", markersize=3)
         panel.fill_between(places, arm.distances.min(1), arm.distances.max(1), color=colour, alpha=0.2, linewidth=0)
         name = arm.name if count == usual else f"{arm.name} ({count})"
         ends.append((places[-1], arm.final, name, colour))
     steps = sorted({step for arm in arms.values() for step in arm.steps})
-    decorate(panel, floor, label, steps if label == STEPS_TAKEN else None)
+    decorate(panel, floor, SECONDS if speed else STEPS_TAKEN, None if speed else steps)
     seeds = f"mean and range of {usual} seeds" if usual > 1 else "one seed"
     if any(len(arm.runs) != usual for arm in arms.values()):
         seeds += ", or as in brackets"
@@ -100,29 +110,35 @@ def name_ends(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def draw_sizes(panel: Axes, arms: dict[str, Arm], floor: float) -> None:
-    """Last distance over the share of the bank's rows, with the ratio over `label`, and those of labels as lines."""
-    shown = {100 * share: arms[name] for name, share in SHARES.items() if name in arms}
-    if len(shown) < 2:
+    """Distance over the share of the bank's rows at the last step that all have, labels' as lines; and the ratio of
+    steps over `label`."""
+    sizes, labels = ([name for name in names if name in arms] for names in (SHARES, ("label", "label-align")))
+    step = common_step(arms[name] for name in (*sizes, *labels)) if len(sizes) > 1 else None
+    if not step:
         panel.set_axis_off()
         return
+    shown = {100 * SHARES[name]: arms[name].until(step) for name in sizes}
     panel.plot([*shown], [arm.final for arm in shown.values()], color=COLOURS["nearest-10"], marker="o", markersize=4)
     panel.set_xlim(0.5, 200)
-    ends = [(200, arms[name].final, name, COLOURS[name]) for name in ("label", "label-align") if name in arms]
+    ends = [(200, arms[name].until(step).final, name, COLOURS[name]) for name in labels]
     for _, distance, name, colour in ends:
         panel.axhline(distance, color=colour, linewidth=1, linestyle=style(name))
     if "label" in arms:
-        for share, arm in shown.items():
-            ratio = ratio_of(reach(arm, targets(arms)["label"])[0])
-            panel.annotate(ratio, (share, arm.final), (0, 6), textcoords="offset points", ha="center", fontsize="small")
+        for name, (share, arm), above in zip(sizes, shown.items(), cycle((True, False))):  # so that they do not touch
+            ratio = ratio_of(reach(arms[name], targets(arms)["label"])[0])
+            place = (4, 4 if above else -11)
+            panel.annotate(ratio, (share, arm.final), place, textcoords="offset points", fontsize="small")
     decorate(panel, floor, "rows of the bank, % of the images", [1, 10, 50, 100])
-    panel.set_title("last FD, with the ratio of steps over label", fontsize="small")
+    panel.set_title(f"after {step:,} steps; steps of label to its last FD, over those of the arm", fontsize="small")
     if ends:
         name_ends(panel, ends)
 
 
-def draw_diversity(sets: dict[int, tuple[dict[str, Arm], float]]) -> Figure:
-    """Last distance over the number of characters, and the ratio over `label` where its distance is reached."""
+def draw_diversity(sets: dict[int, tuple[dict[str, Arm], float]], step: int) -> Figure:
+    """Distance over the number of characters, and the ratio over `label` where its distance is reached; after so many
+    steps, at which the arms end."""
     figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(f"after {step:,} steps", fontsize="medium")
     left, right = figure.subplots(1, 2)
     distances = {name: {} for name in (*DIVERSE, FLOOR)}  # of each line, by the number of characters
     ratios = {name: {} for name in DIVERSE if name in SHARES}

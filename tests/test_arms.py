@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts import arms as known
-from scripts.arms import Arm, missing, ratio_of, reach, read_arms, read_run, steps_to, targets
+from scripts.arms import Arm, common_step, missing, rates, ratio_of, reach, read_arms, read_run, steps_to, targets
 from scripts.verdict import conditions, flattening, sanity, verdict
 
 STEPS = (500, 1000, 2000, 4000, 8000)
@@ -128,18 +128,6 @@ def test_an_audit_that_one_seed_lacks_is_the_mean_of_the_others(tmp_path):
         "regnetx_002@64": pytest.approx(0.2),
         "latents": 0.2,
     }
-
-
-def test_speeds_that_differ_are_told_by_their_ends(tmp_path):
-    """Where arms cost the same; alignment costs more, and some runs have no rate."""
-    write(tmp_path, "own", FLAT, 0, images_per_second=110)
-    write(tmp_path, "own", FLAT, 1, images_per_second=100)
-    write(tmp_path, "none", FLAT)
-    write(tmp_path, "label-align", FLAT, images_per_second=50)
-    assert known.speeds(read_arms(tmp_path)) is None
-    write(tmp_path, "own", FLAT, 2, images_per_second=125)
-    write(tmp_path, "own", FLAT, 3, images_per_second=105)
-    assert known.speeds(read_arms(tmp_path)) == (100, 125)
 
 
 def judge(folder, factors=(2.5, 3, 4), label=FLAT, copies=(0.002, -0.001), steps=STEPS, **changes):
@@ -282,6 +270,14 @@ def test_the_checks_before_any_result_is_believed(tmp_path):
         False,
         False,
     ]
+    for deviation, snippets, passed in ((0.03, 1.82, True), (0.03, 1.81, False)):  # 0.03·2√2 = 0.085 below 1.9
+        rows = controls(1.9, snippets)
+        rows["random training images"]["deviation"] = {"held_out": {"fd": deviation}}
+        assert sanity(arms, rows)[2].passed is passed
+        assert sanity(arms, rows)[2].figures.startswith("1.9 ± 0.03; the next, nearest training images")
+    rows = controls(2.01, 3)  # samples may not lie below at all
+    rows["random training images"]["deviation"] = {"held_out": {"fd": 1.0}}
+    assert sanity(arms, rows)[2].passed is False
     for changed, value, failing in (("own", 0.16, 0), ("own", 0.21, 3), ("none", 0.19, 3)):
         other = tmp_path / f"{changed}-{value}"
         for name, loss in (losses | {changed: value}).items():
@@ -293,6 +289,20 @@ def test_the_checks_before_any_result_is_believed(tmp_path):
     assert [one.passed for one in found] == [None, False, None, None, True, True]
     assert found[1].figures == "class-mean 3.1, label 2 at 8,000 steps"
     assert found[0].figures == "takes own, random at one step"
+
+
+def test_arms_are_compared_at_one_step_and_one_speed(tmp_path):
+    write(tmp_path, "label", FLAT, images_per_second=1000.0, variants={"guided-2": {"held_out": {"fd": 1}}})
+    write(tmp_path, "own", FLAT[:4], steps=STEPS[:4], images_per_second=2000.0)
+    write(tmp_path, "label-align", FLAT, images_per_second=500.0)
+    arms = read_arms(tmp_path)
+    assert common_step(arms.values()) == 4000
+    cut = arms["label"].until(4000)
+    assert (cut.steps, cut.final) == ([*STEPS[:4]], FLAT[3])
+    assert [*targets({"label": cut})] == ["label"]  # guidance was tried at the last step
+    assert [*targets(arms)] == ["label", "label-align", "label guided-2"]
+    assert rates(arms) == {False: 2000.0, True: 500.0}
+    assert arms["label"].seconds(2000.0).tolist() == [step * 256 / 2000 for step in STEPS]
 
 
 def test_all_but_rate_scale_and_bank_is_the_same_in_every_arm(tmp_path):

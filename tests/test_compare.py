@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from scripts import compare
 from scripts.arms import PRIMARY, SHARES, Arm, missing, read_arms, read_run, targets
 from scripts.compare import check, reached
 from scripts.draw_arms import COLOURS, GAP, draw
+from scripts.miniature_data import DATA
 
 WAYS = {"guided-1.5": {"held_out": {"fd": 12.5, "precision": 0.61, "recall": 0.33}, "command": "…"}}
 
@@ -106,7 +108,7 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
         "result": "FAILED",
         "figures": "FD falls by 25% from 4,000 to 8,000 steps",
     }
-    assert "Speeds differ, 1,000 to 1,201 images/s" in page
+    assert "at the speed of the fastest run: 1,201 images/s without alignment, 700 images/s with alignment." in page
     assert "Missing: none (0 of 3 seeds), label-align (0 of 3 seeds; another at 3,000 steps), nearest-10 (1 of" in page
     assert "Not run: nearest-1, nearest-50, class-mean, label+nearest-10" in page
     other = entries(page, "## Other ways")["nearest-10"][0]
@@ -117,6 +119,7 @@ def test_command_writes_figure_and_table(tmp_path, capsys):
     assert [*entries(page, "## Real images")["held-out images"][0].values()] == [
         "held-out images",
         "10",
+        "",
         "",
         "0",
         "",
@@ -174,7 +177,7 @@ def test_a_run_alone_is_enough(tmp_path):
     write(tmp_path, "rows-10", [95], steps=(500,), images_per_second=1000.0)
     compare.main([str(tmp_path)])
     page = (tmp_path / "table.md").read_text()
-    assert "images/s" not in page
+    assert "at the speed of the fastest run: 1,000 images/s without alignment." in page
     assert "**The claim is open**: there is no run of nearest-10." in page
     assert (tmp_path / "curve.png").is_file()
     assert len(missing(read_arms(tmp_path))) == len(PRIMARY)
@@ -210,21 +213,44 @@ def test_logs_that_the_experiment_wrote(root):
 
 def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     """The tables beside the runs are what the command writes, and evaluations/miniature.md quotes them."""
-    logs = root / "benchmarks" / "miniature"
-    for given in logs.glob("*/table.md"):
-        folder = tmp_path / given.parent.name
+    logs, report = root / "benchmarks" / "miniature", (root / "evaluations" / "miniature.md").read_text()
+    pages = sorted(logs.glob("*/table.md"))
+    folders = [tmp_path / given.parent.name for given in pages]
+    for given, folder in zip(pages, folders, strict=True):
         shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "*.md"))
-        compare.main([str(folder)])
+    compare.main([str(folder) for folder in folders])
+    for given, folder in zip(pages, folders, strict=True):
         assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
-        quoted = entries((root / "evaluations" / "miniature.md").read_text(), f"## What was found on {folder.name}")
-        found, searches = entries(given.read_text(), "## Curves"), entries(given.read_text(), "## Search")
-        for arm in read_arms(folder):
-            row, (curve, reaches, *_) = quoted[f"`{arm}`"][0], found[arm]
-            words = {"steps to `label`'s last FD; of each seed": [*reaches.values()][1] or "8,000"}
-            for name, text in row.items():
-                expected = curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
-                assert name in ("arm", "rate, scale") or text == expected[name], (arm, name)
-            for name, text in [*quoted[f"`{arm}`"][1].items()][1:]:
+        if DATA[folder.name].like == folder.name:  # which has a search, and a chapter
+            chapter = report[report.index(f"## What was found on {folder.name}") :].partition("\n### ")[0]
+            check_chapter(entries(chapter), given.read_text(), read_arms(folder))
+    grown = (logs / "diversity.md").read_text()
+    assert (tmp_path / "diversity.md").read_text() == grown, f"python -m scripts.compare {logs}/glyphs*"
+    quoted = entries(report, "### How the gain grows")
+    for characters, (row,) in entries(grown).items():
+        mine = quoted[characters][0]
+        assert mine == {name: row[name] for name in mine}
+    halves = entries((logs / "glyphs-half" / "table.md").read_text(), "## Curves")
+    chapter = report[report.index("### Two halves") :].partition("\n\n")[0]
+    for arm in read_arms(logs / "glyphs-half"):
+        assert halves[arm][0]["4,000 steps"] in chapter
+        assert halves[arm][0]["to training images"] in chapter
+
+
+def check_chapter(quoted, page, arms):
+    """Each figure in the rows of these arms, of a chapter of the report, is that of the data set's page."""
+    found, searches = entries(page, "## Curves"), entries(page, "## Search")
+    for arm in arms:
+        row, (curve, reaches, *_) = quoted[f"`{arm}`"][0], found[arm]
+        words = {"steps to `label`'s last FD; of each seed": [*reaches.values()][1] or "8,000"}
+        words["rate, scale"] = ", ".join(re.findall(r"(?:lr|scale) ([\d.]+)", curve["settings"]))
+        expected = curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
+        for name, text in row.items():
+            if name == "rate, scale":
+                text = ", ".join(f"{float(word):g}" for word in text.split(", "))
+            assert name == "arm" or text == expected[name], (arm, name)
+        for row in quoted[f"`{arm}`"][1:]:
+            for name, text in [*row.items()][1:]:
                 lr, scale = name.split(", scale ")
                 tried = [one for one in searches[arm] if "lr" in one and one["scale"] in (scale, "")]
                 tried = [one for one in tried if float(one["lr"]) == float(lr)]
