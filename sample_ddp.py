@@ -192,7 +192,7 @@ class Generator:
         if path == "null" and not null:
             raise ValueError(
                 f"--guide null: the checkpoint's condition {model.condition!r} was trained without a null; train with "
-                "null_dropout > 0, or guide with another checkpoint"
+                "--model-options null_dropout=0.1, or guide with another checkpoint"
             )
         if path in (None, "null"):
             return (model if path else None), None

@@ -128,7 +128,8 @@ class Condition(nn.Module):
     def null(self, batch_size: int, device: torch.device) -> object:
         """A `cond` that means "no condition" in a network without a learned null embedding; ValueError if none does."""
         raise ValueError(
-            "cond=None: this network has no null condition; build it with null_dropout > 0, or pass a condition"
+            "cond=None: this network has no null condition; train it with --model-options null_dropout=0.1, or pass a "
+            "condition"
         )
 
 
@@ -249,9 +250,11 @@ class SiT(nn.Module):
         if options.condition not in conditions:
             raise ValueError(f"condition={options.condition!r}: expected one of {', '.join(conditions)}")
         if input_size % patch_size:
-            raise ValueError(f"input_size={input_size} is not a multiple of the patch size {patch_size} of {name}")
+            sizes = f"input_size={input_size} is not a multiple of the patch size {patch_size} of {name}"
+            raise ValueError(f"{sizes}: encode the store at another --image-size, or take a --model NAME/1")
         if options.align_dims and not 1 <= align_depth <= depth:
-            raise ValueError(f"align_depth={align_depth}: {name} has blocks 1 to {depth}")
+            remedy = f"choose one, as --model-options align_depth={(depth + 1) // 2}"
+            raise ValueError(f"align_depth={align_depth}: {name} has blocks 1 to {depth}; {remedy}")
         self.config = {"model": name, **asdict(options), "align_dims": list(options.align_dims)}
         for option in ("snippet_dropout", "null_dropout", "label_dropout"):
             if not 0 <= self.config[option] < 1:

@@ -455,7 +455,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     refused(f"dimension {DIM + 1}; the checkpoint takes {DIM}", "--bank", tmp_path / "wide")
     refused("encoder 'f'", "--bank", tmp_path / "other")
 
-    refused("trained without a null", "--guide", "null", "--guidance-scale", 2)
+    refused(r"without a null; .* --model-options null_dropout=0\.1, or", "--guide", "null", "--guidance-scale", 2)
     refused("its condition is label", "--guide", folder / "label.pt", "--guidance-scale", 2)
     write_checkpoint(tmp_path / "big.pt", folder, "none", lambda c: c["codec"].update(scale=0.5))
     refused(r"scale is 0\.5, expected", "--guide", tmp_path / "big.pt", "--guidance-scale", 2)
