@@ -72,8 +72,9 @@ class MemoryBank:
         freq, assignment, meta = (path.with_suffix(suffix) for suffix in (".freq", ".assign", ".json"))
         if not freq.is_file():
             raise ValueError(
-                f"{path} has no frequencies beside it: {freq} is missing; copy it from where the bank came, "
-                "or build the bank again"
+                f"{path} has no frequencies beside it: {freq} is missing; a bank is a folder, or its bank.pth with "
+                "bank.freq beside it, as memory.build_bank writes them; copy both, build the bank, or in Python make "
+                'one of rows (K, F): MemoryBank(rows, [1] * len(rows)).save(f"{DIR}/bank.pth")'
             )
         return cls(
             _read(path),

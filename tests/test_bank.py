@@ -1,5 +1,7 @@
 """The bank against SciPy, NumPy and brute force, on disk in the published layout, and what it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +215,18 @@ def test_a_bad_bank_is_refused_by_the_name_of_its_file(tmp_path, snippets, freq,
             torch.save(value, tmp_path / name)
     with pytest.raises(ValueError, match=message):
         MemoryBank.load(tmp_path)
+
+
+def test_rows_alone_are_no_bank_and_become_one_as_the_message_says(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    np.save(tmp_path / "own.npy", rows)
+    with pytest.raises(ValueError, match=r"own\.npy .*bank\.pth with bank\.freq beside it.*build_bank") as refused:
+        MemoryBank.load(tmp_path / "own.npy")
+    recipe = re.search(r"MemoryBank\(.*\.save\(.*?\)", str(refused.value))[0]
+    eval(recipe, {"MemoryBank": MemoryBank, "rows": torch.from_numpy(rows)}, {"DIR": tmp_path})
+    made = MemoryBank.load(tmp_path)
+    assert np.array_equal(made.snippets, rows)
+    assert made.freq.tolist() == [1, 1, 1]
 
 
 def test_a_truncated_file_is_named(tmp_path):
