@@ -74,9 +74,11 @@ micro_batch() { # micro_batch BATCH MOST: images of a forward pass, the largest 
 need() { # need FILE NAMES ORIGIN: leave with what to do unless the checkpoint FILE is there; NAMES are fetch.sh's
     case $1 in hf:*) return 0 ;; esac # a name on the hub
     [ ! -e "$1" ] || return 0
+    local absent="$1 is not there"
+    [[ $1 == /* ]] || absent+=" (relative paths start at the repository: $PWD/$1)"
     [ -z "${CHECKPOINT:-}" ] ||
-        wrong "CHECKPOINT=$1 is not there: expected a file, a run's folder, or hf:ORGANISATION/REPOSITORY/FILE@REVISION"
-    wrong "$1 is not there ($3)." \
+        wrong "CHECKPOINT=$absent: expected a file, a run's folder, or hf:ORGANISATION/REPOSITORY/FILE@REVISION"
+    wrong "$absent: $3." \
         "On a machine with internet, this gets it and the VAE that decodes its latents into the folder $weights:" \
         "    bash scripts/fetch.sh $2" \
         "GMEM_WEIGHTS names another folder, CHECKPOINT another checkpoint, such as your own run: CHECKPOINT=runs/NAME"

@@ -248,12 +248,15 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
         said = bash(root, environment, f"sample-{name}-xl.sh", status=2, GMEM_WEIGHTS=tmp_path)
         assert f"{tmp_path}/{file} is not there" in said
         assert re.search(rf"bash scripts/fetch\.sh {name} sd-vae-ft-\w+", said)
+        said = bash(root, environment, f"sample-{name}-xl.sh", status=2, GMEM_WEIGHTS="none")
+        assert f"none/{file} is not there (relative paths start at the repository: {root}/none/{file})" in said
     assert "4.7 GB, of the hub repository Tangentone/GMem" in bash(
         root, environment, "sample-gmem-xl-ode.sh", status=2, GMEM_WEIGHTS=tmp_path
     )
     for name, elsewhere in (("gmem-xl", "runs/none"), ("gmem-xl-ode", tmp_path / "none.pth")):
         said = bash(root, environment, f"sample-{name}.sh", status=2, CHECKPOINT=elsewhere)
         assert said.startswith(f"CHECKPOINT={elsewhere} is not there")
+        assert (f"relative paths start at the repository: {root}/runs/none" in said) == (elsewhere == "runs/none")
         assert "fetch.sh" not in said
     said = bash(root, environment, "evaluate.sh", tmp_path, "--quick", status=2, REF="ref.npz")
     assert said == f"{tmp_path} is no run of train.py: it has no config.json\n"
