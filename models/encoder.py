@@ -23,9 +23,9 @@ from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
 
 from memory.files import sha256, weights_folder, why_unreadable
-from models.hub import COMMITS, HUB, absent, from_hub
+from models.hub import COMMITS, HUB, absent, check_reachable, from_hub
 
-HUB_FILE = "model.safetensors"  # of timm's repositories
+HUB_FILE, OLDER_HUB_FILE = "model.safetensors", "pytorch_model.bin"  # of timm's repositories
 REMEDY = "run `bash scripts/fetch.sh` where there is a network, or name a local file by --encoder-weights"
 
 
@@ -169,10 +169,12 @@ def pretrained_model(name: str, recipe: Recipe, weights: Path | None) -> nn.Modu
         options["img_size"] = recipe.input_size
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"state_dict": read_weights(name, recipe, weights)}
+    repository = timm.get_pretrained_cfg(recipe.model).hf_hub_id
     try:
+        if weights is None and repository:
+            check_reachable(repository, (HUB_FILE, OLDER_HUB_FILE))
         model = timm.create_model(recipe.model, pretrained=True, **options)  # with its classifier, for a strict load
     except (OSError, HfHubHTTPError) as error:
-        repository = timm.get_pretrained_cfg(recipe.model).hf_hub_id
         where = weights_file(recipe)
         remedy = f"get {HUB}/{repository}/resolve/main/{HUB_FILE} where there is a network and put it at {where}, or "
         remedy += "name a local file by --encoder-weights"

@@ -1,9 +1,13 @@
 """Files of the model hub: from its cache or downloaded, at a fixed commit where one is known."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 HUB = "https://huggingface.co"
+CONNECT = 10  # seconds to wait for the hub's address to answer, as long as its client does
 # What is taken of these repositories; their branches may change. scripts/fetch.py takes the same.
 COMMITS = {
     "stabilityai/sd-vae-ft-mse": "31f26fdeee1355a5c34592e401dd41e45d25a493",
@@ -26,9 +30,26 @@ def from_hub(
 
     commit = commit or COMMITS.get(repository)
     try:
+        for file in files:
+            check_reachable(repository, (file,), commit)
         return [Path(hf_hub_download(repository, file, revision=commit)) for file in files]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(absent(what, repository, files, local, remedy, error, commit)) from error
+
+
+def check_reachable(repository: str, files: Sequence[str], commit: str | None = None) -> None:
+    """Raise ConnectionError where none of these files is in the cache and nothing answers at the hub's address: its
+    client would try that file again for 23 seconds. Whether a proxy reaches the hub only the client can tell."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = any(isinstance(try_to_load_from_cache(repository, file, revision=commit), str) for file in files)
+    if not (cached or constants.HF_HUB_OFFLINE or getproxies()):
+        address = urlsplit(constants.ENDPOINT)
+        port = address.port or (80 if address.scheme == "http" else 443)
+        try:
+            socket.create_connection((address.hostname, port), timeout=CONNECT).close()
+        except OSError as error:
+            raise ConnectionError(f"{constants.ENDPOINT} does not answer: {error}") from error
 
 
 def absent(

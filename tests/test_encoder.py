@@ -1,6 +1,9 @@
 """Encoders against timm run by hand, on small timm models with random weights and on the packaged EfficientNet."""
 
 import json
+import socket
+import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,7 +13,7 @@ from safetensors.torch import save_file
 
 from memory.files import sha256
 from models.encoder import Recipe, encoders, load_encoder, weights_file
-from models.hub import COMMITS
+from models.hub import COMMITS, from_hub
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,34 @@ def test_weights_are_looked_for_in_the_weights_folder_then_in_the_hubs_cache(wei
     assert torch.equal(load_encoder("test_vit")(images), expected)
     assert load_encoder("test_vit@96").meta()["weights"] == local.name
     assert weights_file(encoders["dinov2-vitb14"]).name == "vit_base_patch14_dinov2.lvd142m.safetensors"
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(tmp_path, monkeypatch):
+    """Its client would try for 23 seconds a file; but it is asked where the hub answers, through a proxy, or for what
+    is in the cache."""
+    asked, file = [], ("a.bin",)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names, **more: asked.append(names) or "found")
+    monkeypatch.setattr("models.encoder.timm.create_model", lambda *names, **more: pytest.fail("asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("models.hub.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert from_hub("codec", "some/where", file, tmp_path, "get it") == [Path("found")]
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"codec: a\.bin of .* could they be downloaded \(ConnectionError\); get it"):
+        from_hub("codec", "some/where", file, tmp_path, "get it")
+    with pytest.raises(ValueError, match=r"'test_vit'.* be downloaded \(ConnectionError\)"):
+        load_encoder("test_vit")
+    assert time.perf_counter() - began < 5
+    assert len(asked) == 1
+    cached = tmp_path / "models--some--where" / "snapshots" / ("1" * 40) / "a.bin"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    from_hub("codec", "some/where", file, tmp_path, "get it", commit="1" * 40)
+    monkeypatch.setattr("models.hub.getproxies", lambda: {"https": "http://proxy"})
+    from_hub("codec", "some/where", file, tmp_path, "get it")
+    assert len(asked) == 3
 
 
 def test_compiling_reaches_every_block(weights, monkeypatch):
