@@ -5,6 +5,7 @@ for the device: what is looked up on the CPU is copied from pinned memory.
 """
 
 import argparse
+import shlex
 import warnings
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class Pairs:
         self.condition = conditions[args.condition]
         self.with_labels, self.with_snippets = (kind in self.condition.reads for kind in ("label", "snippet"))
         self.bank = MemoryBank.load(args.bank) if args.bank else None
-        self.encoder = self._snippet_encoder() if self.with_snippets else None
         self.meta = read_meta(args.store)
+        self.encoder = self._snippet_encoder() if self.with_snippets else None
         self.codec = self.meta["codec"]
         self._check(args.store, self.meta)
         self._warn_of_another_store()
@@ -61,7 +62,8 @@ class Pairs:
         if features is None:
             present = ", ".join(meta["encoders"]) or "none"
             raise ValueError(
-                f"the store {store} has no features of the snippets' encoder {self.encoder}, but of {present}"
+                f"the store {store} has no features of the snippets' encoder {self.encoder}, but of {present}; "
+                f"{_adding(store, meta, self.encoder)}"
             )
         if self.bank and self.bank.dim != features["dim"]:
             raise ValueError(
@@ -90,13 +92,22 @@ class Pairs:
             )
 
     def _snippet_encoder(self) -> str:
-        """The encoder that the snippets come from: the bank's, or --encoder where no bank says so."""
+        """The encoder that the snippets come from: the bank's, or --encoder where no bank says so, or without a bank
+        the only one that the store has features of."""
         made_by, asked = self.bank.meta.get("encoder") if self.bank else None, self.args.encoder
         if made_by and asked and made_by != asked:
             raise ValueError(f"--encoder {asked}, but the bank {self.args.bank} was made by encoder {made_by}")
-        if not made_by and not asked:
-            raise ValueError("which features of the store are the snippets? Pass --encoder, or a --bank that says so")
-        return made_by or asked
+        if made_by or asked:
+            return made_by or asked
+        if self.bank:
+            raise ValueError(f"--bank {self.args.bank} does not say which encoder made it: name that by --encoder")
+        present = list(self.meta["encoders"])
+        if len(present) != 1:
+            raise ValueError(
+                f"the store {self.args.store} has features of {', '.join(present) or 'no encoder'}: say by --encoder "
+                f"which are the snippets; {_adding(self.args.store, self.meta, 'NAME')}"
+            )
+        return present[0]
 
     def _alignment(self) -> tuple[str | None, nn.Module | None]:
         """Where the alignment's patch tokens come from: a name in the store, or an encoder to run on its images."""
@@ -194,3 +205,10 @@ class Pairs:
             "image_size": self.meta["image_size"],
             "num_classes": self.meta.get("num_classes"),
         }
+
+
+def _adding(store: str, meta: dict, encoder: str) -> str:
+    """How an encoder's features come into a store and its held-out part, which is given by either."""
+    paths = str(meta.get("source") or "SOURCE"), str(store).rstrip("/").removesuffix("-holdout")
+    source, out = map(shlex.quote, paths)
+    return f"`python -m scripts.encode_dataset {source} --out {out} --add {encoder}` adds them"

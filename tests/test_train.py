@@ -758,11 +758,29 @@ def test_stores_that_lack_what_the_run_needs(folder):
     with pytest.raises(ValueError, match="bare has no labels"):
         train.main([*words, "--condition", "label+snippet"])
     write_json(bare / "meta.json", meta | {"encoders": {}})
-    with pytest.raises(ValueError, match="bare has no features of the snippets' encoder toy"):
+    adding = rf"`python -m scripts.encode_dataset SOURCE --out {bare} --add toy`"
+    with pytest.raises(ValueError, match=f"bare has no features of the snippets' encoder toy, .* none; {adding} adds"):
         train.main(words)
     write_json(bare / "meta.json", meta | {"encoders": {"toy": {"name": "toy", "dim": DIM + 1}}})
     with pytest.raises(ValueError, match=f"dimension {DIM}, the toy features of .* have {DIM + 1}"):
         train.main(words)
+
+
+def test_own_features_are_those_of_the_stores_only_encoder(folder):
+    store = write_store(folder / "one-encoder", seed=6)
+    words = command(folder, folder / "never", "--store", store, "--snippet-from", "own")
+    del words[2:4]  # the bank
+    data = pairs.Pairs(train.parse(words), torch.device("cpu"))
+    assert (data.encoder, data.train.features.shape) == ("toy", (IMAGES, VIEWS, DIM))
+    meta = json.loads((store / "meta.json").read_text())
+    for names in ((), ("toy", "other")):
+        write_json(store / "meta.json", meta | {"encoders": {name: {"name": name, "dim": DIM} for name in names}})
+        with pytest.raises(ValueError, match=rf"{', '.join(names) or 'no encoder'}.*--encoder.*--add NAME"):
+            pairs.Pairs(train.parse(words), torch.device("cpu"))
+    shutil.copytree(folder / "bank", folder / "nameless", ignore=shutil.ignore_patterns("bank.json"))
+    write_json(store / "meta.json", meta)
+    with pytest.raises(ValueError, match=r"--bank .*nameless.* does not say"):
+        pairs.Pairs(train.parse([*words, "--bank", str(folder / "nameless")]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("source", ["nearest", "own"])
