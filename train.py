@@ -211,7 +211,8 @@ class Trainer:
 
         Raises:
             ValueError: the alignment's encoder has more or fewer patches than the network tokens; the folder holds a
-                run with other settings; the grids' codec is not to be had or not the store's; the disk is too small.
+                run with other settings; the grids' codec is not to be had or not the store's; the disk is too small for
+                what is left to do.
         """
         tokens = self.network.pos_embed.shape[1]
         if self.data.align_shape and self.data.align_shape[0] != tokens:
@@ -227,7 +228,8 @@ class Trainer:
         count = sum(parameter.numel() for parameter in self.network.parameters())
         kept = min(self.args.keep + 1, -(-self.args.steps // self.args.save_every))  # one is written beside the others
         needed = 16 * count * max(1, kept - len(self.folder.checkpoints))  # weights, EMA, two moments in float32
-        if (free := free_space(self.out)) < needed:
+        finished = self.folder.checkpoints and int(self.folder.checkpoints[-1].stem) >= self.args.steps
+        if not finished and (free := free_space(self.out)) < needed:
             sizes = f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} GB are free"
             raise ValueError(f"--out {self.out}: {sizes}; make room or lower --keep")
 

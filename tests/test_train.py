@@ -466,6 +466,14 @@ def test_a_finished_run_is_left_alone(folder, whole, capsys):
     assert (whole / "log.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_asks_for_no_disk_space(folder, whole, monkeypatch, capsys):
+    monkeypatch.setattr(train, "free_space", lambda path: 0)
+    train.main(command(folder, whole, "--steps", 6))
+    assert "at step 6 already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="are needed for checkpoints"):
+        train.main(command(folder, whole, "--steps", 7))
+
+
 def test_old_checkpoints_go_and_snapshots_stay(folder):
     out = folder / "kept"
     train.main(command(folder, out, "--steps", 6, "--save-every", 5, "--keep", 2, "--snapshot-every", 2))
