@@ -9,7 +9,7 @@ stands and repeats an uninterrupted run, because every random number of a step d
 Reads   the store (scripts/encode_dataset.py) and the bank (memory/build_bank.py)
 Writes  OUT/config.json           the command's settings, and where each part of the run was made
         OUT/checkpoints/*.pt      full states, the last `--keep`; *-ema.pt snapshots, never deleted
-        OUT/log.jsonl             a line every `--log-every` steps, and one for each held-out evaluation
+        OUT/log.jsonl             a line every `--log-every` steps, or at a shorter run's end; one a held-out evaluation
         OUT/samples/*.png         images from fixed noise and snippets
 """
 
@@ -412,7 +412,7 @@ class Trainer:
                 self.train_step(batch)
                 bar.update(args.batch_size)
                 leaving, last = stop.agreed(), self.step == args.steps
-                if self.step % args.log_every == 0:
+                if self.step % min(args.log_every, args.steps) == 0:
                     self.check_finite()  # waits for the device: the rate counts finished steps
                     rate = (self.step - since) * args.batch_size / (time.perf_counter() - began)
                     line = {"step": self.step, **self.means(), "images_per_second": round(rate, 2)}

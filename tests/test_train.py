@@ -474,6 +474,14 @@ def test_a_finished_run_asks_for_no_disk_space(folder, whole, monkeypatch, capsy
         train.main(command(folder, whole, "--steps", 7))
 
 
+def test_a_run_shorter_than_the_interval_of_the_log_leaves_a_line(folder, whole):
+    """Of its last step, with the mean over all of them."""
+    train.main(command(folder, folder / "brief", "--steps", 4, "--log-every", 100, "--eval-every", 0))
+    (line,) = log(folder / "brief")
+    losses = [line["loss"] for line in log(whole) if "loss" in line][:2]  # of two steps each
+    assert (line["step"], line["loss"]) == (4, pytest.approx(sum(losses) / 2, rel=1e-6))
+
+
 def test_old_checkpoints_go_and_snapshots_stay(folder):
     out = folder / "kept"
     train.main(command(folder, out, "--steps", 6, "--save-every", 5, "--keep", 2, "--snapshot-every", 2))
