@@ -430,7 +430,9 @@ class Trainer:
                     if evaluate:
                         self.record({"step": self.step, **self.evaluate()})
                     if sample:
+                        bar.set_description(f"drawing {GRID_IMAGES} samples")
                         self.sample()
+                        bar.set_description()
                     if snapshot and main:
                         self.folder.write_checkpoint(f"{self.step:07d}-ema", self.snapshot())
                     if save:

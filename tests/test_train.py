@@ -502,7 +502,7 @@ def test_old_checkpoints_go_and_snapshots_stay(folder):
 
 
 @pytest.mark.parametrize("condition", ["label", "label+snippet", "none", "snippet"])
-def test_every_condition_trains_and_draws_a_grid(folder, condition, monkeypatch):
+def test_every_condition_trains_and_draws_a_grid(folder, condition, monkeypatch, capsys):
     monkeypatch.setattr(train, "GRID_STEPS", 2)
     store = folder / "pixels"
     if not store.exists():
@@ -515,6 +515,9 @@ def test_every_condition_trains_and_draws_a_grid(folder, condition, monkeypatch)
     train.main(words)
     (grid,) = (folder / f"grid-{condition}" / "samples").iterdir()
     assert Image.open(grid).size == (64, 64)  # 8 × 8 images of 8 × 8 pixels
+    bars = capsys.readouterr().err.split("\r")
+    assert any(bar.startswith("drawing 64 samples: 100%") for bar in bars)  # nothing else moves meanwhile
+    assert not any("drawing" in bar for bar in bars[-2:])  # what remains on the screen
 
 
 def test_init_takes_what_fits_and_lists_the_rest(folder, whole, capsys):
