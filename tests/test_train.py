@@ -780,6 +780,9 @@ def test_stores_that_lack_what_the_run_needs(folder):
     adding = rf"`python -m scripts.encode_dataset SOURCE --out {bare} --add toy`"
     with pytest.raises(ValueError, match=f"bare has no features of the snippets' encoder toy, .* none; {adding} adds"):
         train.main(words)
+    shutil.copytree(bare, folder / "bare-holdout")  # which the same command serves
+    with pytest.raises(ValueError, match=f"bare-holdout has no features .*{adding}"):
+        train.main([*words, "--holdout", str(folder / "bare-holdout")])
     write_json(bare / "meta.json", meta | {"encoders": {"toy": {"name": "toy", "dim": DIM + 1}}})
     with pytest.raises(ValueError, match=f"dimension {DIM}, the toy features of .* have {DIM + 1}"):
         train.main(words)
