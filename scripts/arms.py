@@ -22,7 +22,8 @@ CHARACTERS = {"glyphs-100": 100, "glyphs-500": 500, "glyphs": 2_500, "glyphs-638
 DIVERSE = ("none", "label", "nearest-10", "own")  # arms whose gain is followed over them
 FLOOR = "random training images"  # the control row that no arm is expected to beat
 SEEDS = 3  # of a primary arm
-STEPS = 8_000  # of a run that counts
+STEPS = 8_000  # of a run that counts, but for
+FEWER = dict.fromkeys(("fashion", "glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"), 4_000)  # data sets
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
 
@@ -90,6 +91,11 @@ class Reach:
     at_once: bool  # by the first point, so that the steps are at most, the ratio at least so many
 
 
+def whole_steps(name: str) -> int:
+    """Steps of a run that counts on a data set."""
+    return FEWER.get(name, STEPS)
+
+
 def scored(run: dict) -> dict[int, dict]:
     """The points of a run that have a distance, by step."""
     return {point["step"]: point for point in run["curve"] if "held_out" in point}
@@ -153,12 +159,12 @@ def differing(run: dict, like: dict) -> str:
 
 def missing(arms: dict[str, Arm]) -> list[str]:
     """Primary arms without the seeds and steps that they should have."""
-    lines = []
+    lines, whole = [], whole_steps(dataset(arms))
     for name in PRIMARY:
         ends = [max(scored(run)) for run in arms[name].runs + arms[name].behind] if name in arms else []
-        short = ", ".join(f"{end:,}" for end in ends if end < STEPS)
+        short = ", ".join(f"{end:,}" for end in ends if end < whole)
         another = f"; another at {short} steps" if short else ""
-        if (done := sum(end >= STEPS for end in ends)) < SEEDS:
+        if (done := sum(end >= whole for end in ends)) < SEEDS:
             lines.append(f"{name} ({done} of {SEEDS} seeds{another})")
     return lines
 

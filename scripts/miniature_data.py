@@ -27,16 +27,19 @@ HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: how its images are made, what share is held out, and whose metric encoder and search serve it."""
+    """A data set: how its images are made, what share is held out, whose metric encoder and search serve it, and which
+    learning rates and factors on the condition are searched."""
 
     characters: int | None = None  # of glyphs; None: Fashion-MNIST
     holdout: float = 0.1
     like: str = "glyphs"
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    scales: tuple[float, ...] = (1, 6)
 
 
 DATA = {
     "glyphs": Data(2500),
-    "fashion": Data(like="fashion"),
+    "fashion": Data(like="fashion", rates=(1e-3, 2e-3), scales=(1,)),
     "glyphs-100": Data(100),
     "glyphs-500": Data(500),
     "glyphs-6384": Data(6384),

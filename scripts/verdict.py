@@ -13,7 +13,21 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from scripts.arms import FLOOR, PRIMARY, SEEDS, STEPS, Arm, Reach, audits, differing, dig, ratio_of, reach, targets
+from scripts.arms import (
+    FLOOR,
+    PRIMARY,
+    SEEDS,
+    Arm,
+    Reach,
+    audits,
+    dataset,
+    differing,
+    dig,
+    ratio_of,
+    reach,
+    targets,
+    whole_steps,
+)
 
 RATIO = 2  # over `label`, at which the claim holds
 COPIES = 0.01  # excess of near copies, below which it does
@@ -126,11 +140,12 @@ def lowest(arms: dict[str, Arm], rows: dict[str, dict]) -> Finding:
 def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
     """What the claim asks of an arm: first that it comes to `label`'s last distance at all."""
     what = ["passes label", f"ratio at least {RATIO}", "ratio above 1 for each seed"]
-    if "label" not in arms or arms["label"].steps[-1] < STEPS:
-        found = [Finding(text, None, f"takes label at {STEPS:,} steps") for text in what]
+    whole = whole_steps(dataset(arms))
+    if "label" not in arms or arms["label"].steps[-1] < whole:
+        found = [Finding(text, None, f"takes label at {whole:,} steps") for text in what]
     else:
         mean, seeds = reach(arms[name], targets(arms)["label"])
-        going_on = arms[name].steps[-1] < STEPS  # and may still come to it
+        going_on = arms[name].steps[-1] < whole  # and may still come to it
 
         def met(of: list[Reach], good: Callable) -> bool | None:
             """Whether ratios are good; None if one of them may yet become so."""
@@ -147,11 +162,12 @@ def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
 def same_order(arms: dict[str, Arm], name: str) -> Finding:
     """Whether distances to training images put the primary arms and this one in the order of those to held-out ones."""
     what = "same order by FD to training images"
-    names = [other for other in arms if other in (*PRIMARY, name) and arms[other].steps[-1] >= STEPS]
+    whole = whole_steps(dataset(arms))
+    names = [other for other in arms if other in (*PRIMARY, name) and arms[other].steps[-1] >= whole]
     both = {other: [arms[other].values(to, "fd")[-1].mean() for to in ("held_out", "training")] for other in names}
     both = {other: pair for other, pair in both.items() if not np.isnan(pair).any()}
     if name not in both or "label" not in both:
-        return Finding(what, None, f"takes label and {name} at {STEPS:,} steps")
+        return Finding(what, None, f"takes label and {name} at {whole:,} steps")
     swapped = [
         f"{one} and {two} swap"
         for one, two in combinations(both, 2)

@@ -305,6 +305,17 @@ def test_arms_are_compared_at_one_step_and_one_speed(tmp_path):
     assert arms["label"].seconds(2000.0).tolist() == [step * 256 / 2000 for step in STEPS]
 
 
+def test_some_data_sets_are_whole_after_fewer_steps(tmp_path):
+    """Four thousand steps answer every condition on fashion, but not on glyphs."""
+    for name, passed in (("fashion", True), ("glyphs", None)):
+        for arm, curve in (("label", FLAT[:4]), ("own", [16, 8, 2, 1])):
+            write(tmp_path / name, arm, curve, steps=STEPS[:4], dataset=name)
+        arms = read_arms(tmp_path / name)
+        assert [one.passed for one in conditions(arms, "own")[:4]] == [passed] * 4
+        assert ("own (1 of 3 seeds)" in missing(arms)) == bool(passed)
+    assert "own (0 of 3 seeds; another at 4,000 steps)" in missing(arms)
+
+
 def test_all_but_rate_scale_and_bank_is_the_same_in_every_arm(tmp_path):
     write(tmp_path, "none", FLAT, settings=SETTINGS | {"network": ["qk_norm=true"], "batch_size": 9})
     write(tmp_path, "label", FLAT, settings=SETTINGS | {"network": ["qk_norm=true"], "lr": 1, "scale": None})

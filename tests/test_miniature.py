@@ -1,5 +1,6 @@
 """The experiment end to end at toy size: what it writes, what it skips, and the settings it picks."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -51,8 +52,8 @@ def log(places, name):
 
 
 def test_search_then_runs(places, monkeypatch, capsys):
-    monkeypatch.setattr(miniature, "RATES", (1e-3, 2e-3))
-    monkeypatch.setattr(miniature, "SCALES", (1, 6))
+    wider = dataclasses.replace(miniature.DATA["fashion"], scales=(1, 6))
+    monkeypatch.setitem(miniature.DATA, "fashion", wider)
     run(places, "nearest-10", "--search")
     searched = sorted((places / "logs" / "fashion" / "search").glob("*.json"))
     logs = [json.loads(path.read_text()) for path in searched]
