@@ -4,7 +4,7 @@
 
 `share` is the largest error of models/fused.py in parts of what is allowed (1 is the limit; see models/agreement.py),
 and `attention` that of models/attention.py, compared here at shapes that it is not used for, too. `seconds` are those
-of a first comparison, for which Triton compiles, and `again` those with its cache; `kept_mb` stays on the GPU.
+of a first comparison, when Triton compiles, and `again` of one more in the same process; `kept_mb` stays on the GPU.
 """
 
 import argparse

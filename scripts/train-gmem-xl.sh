@@ -9,7 +9,8 @@
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
 # Time      one H200 without alignment: 550 images/s at 32 a step, 639 at 128, 506 at 16 within 22 GiB
 #           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/550 + 1/8,009) = 515, and 400,000 · 256 /
-#           (8 · 515) = 25,000 s = 7 hours on eight, STEPS=2000000 35, if eight lose nothing (two lost 5 to 9%)
+#           (8 · 515) = 25,000 s = 7 hours on eight, STEPS=2000000 35, if eight lose nothing (two lost 5 to 9%);
+#           one alone, 128 images at once: 1 / (1/639 + 1/8,009) = 592, 48 hours
 # Alignment the encoder alone does 8,009 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 6% of the time, and
 #           needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added,
 #           but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
