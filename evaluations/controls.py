@@ -110,12 +110,13 @@ def main(argv: list[str] | None = None) -> None:
             if (title, name) != ("held-out images", "held-out"):
                 values = metrics(known[name], found[title], network.name, with_images)
                 rows[title]["metrics"][name] = values
-        if len(draws) > 1:
+        if len(draws) > 1 and counts[RANDOM] < len(store):
             several = {
                 name: [metrics(known[name], summary, network.name, with_images) for summary in draws]
                 for name in references
             }
-            rows[RANDOM]["deviation"] = {name: deviation(values) for name, values in several.items()}
+            share = counts[RANDOM] / len(store)
+            rows[RANDOM]["deviation"] = {name: deviation(values, share) for name, values in several.items()}
         related = samples.related_to(network.name)
         warnings = warnings_about(network, related)
         if samples.count < ENOUGH:
@@ -175,9 +176,10 @@ def spread(count: int, number: int, draw: int = 0) -> list[int]:
     return sorted(np.random.default_rng(draw).permutation(count)[:number].tolist())
 
 
-def deviation(draws: list[dict[str, float]]) -> dict[str, float]:
-    """Standard deviation of each metric over several draws."""
-    return {name: float(np.std([values[name] for values in draws], ddof=1)) for name in draws[0]}
+def deviation(draws: list[dict[str, float]], share: float) -> dict[str, float]:
+    """Standard deviation of each metric over several draws, each `share` of all images; for independent images, as
+    samples are, since draws that share images differ less."""
+    return {name: float(np.std([values[name] for values in draws], ddof=1)) / (1 - share) ** 0.5 for name in draws[0]}
 
 
 if __name__ == "__main__":

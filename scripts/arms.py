@@ -23,7 +23,8 @@ DIVERSE = ("none", "label", "nearest-10", "own")  # arms whose gain is followed 
 FLOOR = "random training images"  # the control row that no arm is expected to beat
 SEEDS = 3  # of a primary arm
 STEPS = 8_000  # of a run that counts, but for
-FEWER = dict.fromkeys(("fashion", "glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"), 4_000)  # data sets
+LEAST = 4_000  # where fewer do: of the arms with one seed, and of all on
+FEWER = dict.fromkeys(("fashion", "glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"), LEAST)
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
 
@@ -64,11 +65,11 @@ class Arm:
         return self.values("images").mean(1) / rate
 
     def until(self, step: int) -> "Arm":
-        """The arm as it was at a step: without later points, and other ways to sample the weights of the last one."""
+        """The arm as it was at a step: without later points, and what else is known of the last one."""
         if step == self.steps[-1]:
             return self
         cut = [
-            run | {"curve": [point for point in run["curve"] if point["step"] <= step], "variants": {}}
+            run | {"curve": [point for point in run["curve"] if point["step"] <= step], "variants": {}, "copies": {}}
             for run in self.runs
         ]
         return Arm(self.name, cut)
@@ -243,5 +244,6 @@ def rates(arms: dict[str, Arm]) -> dict[bool, float]:
 
 
 def common_step(arms: Iterable[Arm]) -> int | None:
-    """The last step at which all of the arms were scored; None if there is none."""
-    return max(set.intersection(*(set(arm.steps) for arm in arms)), default=None)
+    """The last step at which all of the arms were scored; None if there is none, or no arm."""
+    steps = [set(arm.steps) for arm in arms]
+    return max(set.intersection(*steps), default=None) if steps else None

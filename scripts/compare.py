@@ -40,6 +40,7 @@ from scripts.arms import (
     CHARACTERS,
     DIVERSE,
     FLOOR,
+    LEAST,
     OTHERS,
     PRIMARY,
     SHARES,
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         save(draw(arms, floor), folder / "curve.png")
         if (name := dataset(arms)) in CHARACTERS:
             grown[CHARACTERS[name]] = (arms, floor)
-    step = common_step(arms[name] for arms, _ in grown.values() for name in DIVERSE if name in arms) if grown else None
+    for characters, (arms, floor) in grown.items():
+        grown[characters] = ({name: arm for name, arm in arms.items() if arm.steps[-1] >= LEAST}, floor)
+    step = common_step(arms[name] for arms, _ in grown.values() for name in DIVERSE if name in arms)
     if len(grown) > 1 and step:
         cut = {n: ({name: arm.until(step) for name, arm in grown[n][0].items()}, grown[n][1]) for n in sorted(grown)}
         write("\n\n".join(diversity(cut, step)), args.folders[0].parent / "diversity.md")
@@ -217,7 +220,8 @@ def sizes(arms: dict[str, Arm]) -> list[dict]:
         arm, found = arms[name], conditions(arms, name)
         _, mean, seeds, order, few, _ = found
         row = {"K of the images": f"{SHARES[name]:.0%}", "rows": f"{arm.runs[0]['settings'].get('k') or 0:,}"}
-        row |= {"arm": name, "seeds": str(len(arm.runs)), "FD": f"{arm.final:.3g}", "ratio over label": mean.figures}
+        row |= {"arm": name, "seeds": str(len(arm.runs)), "last step": f"{arm.steps[-1]:,}"}
+        row |= {"FD": f"{arm.final:.3g}", "ratio over label": mean.figures}
         row |= {"of each seed": seeds.figures, "order of the arms": order.figures, few.what: few.figures}
         rows.append(row | {"the claim": verdict(found)})
     return rows

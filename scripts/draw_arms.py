@@ -1,6 +1,6 @@
 """Figures of the miniature: distance over steps and seconds, over the size of the bank, and over diversity."""
 
-from itertools import cycle
+from itertools import cycle, product
 from statistics import mode
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.optimize import isotonic_regression
 from scripts.arms import (
     DIVERSE,
     FLOOR,
+    LEAST,
     PRIMARY,
     SHARES,
     Arm,
@@ -21,14 +22,15 @@ from scripts.arms import (
     ratio_of,
     reach,
     targets,
-)  # fmt: skip
+)
 
 STEPS_TAKEN, SECONDS = "training steps", "seconds of training, at the speed of the fastest run"
 # Okabe and Ito's colours, which colour-blind readers tell apart; arms with alignment are dashed, too
 COLOURS = {"none": "#666666", "label": "#0072B2", "label-align": "#56B4E9"}
 COLOURS |= {"nearest-10": "#D55E00", "nearest-10-align": "#E69F00", "own": "#009E73"}
 GAP = 0.05  # between names at the lines' ends, of the panel's height
-FURTHER = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")  # for other arms, in turn
+FURTHER = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")  # for other arms, in turn, with the next marker
+MARKERS = ("o", "s", "^")
 
 
 def draw(arms: dict[str, Arm], floor: float) -> Figure:
@@ -49,13 +51,14 @@ def draw(arms: dict[str, Arm], floor: float) -> Figure:
 
 
 def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, speed: dict[bool, float] | None = None) -> None:
-    """Mean and range of each arm's seeds, its name at the line's end; over seconds, if `rates` are given."""
-    ends, further = [], cycle(FURTHER)
+    """Mean and range of each arm's seeds, its name at the line's end; over seconds, if `speed` is given."""
+    ends, further = [], product(MARKERS, FURTHER)
     usual = mode(len(arm.runs) for arm in arms.values())
     for arm in arms.values():
         places = arm.seconds(speed[arm.aligned]) if speed else np.array(arm.steps)
-        colour, count = COLOURS.get(arm.name) or next(further), len(arm.runs)
-        panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker="o", markersize=3)
+        colour, marker = (COLOURS[arm.name], MARKERS[0]) if arm.name in COLOURS else next(further)[::-1]
+        count = len(arm.runs)
+        panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker=marker, markersize=3)
         panel.fill_between(places, arm.distances.min(1), arm.distances.max(1), color=colour, alpha=0.2, linewidth=0)
         name = arm.name if count == usual else f"{arm.name} ({count})"
         ends.append((places[-1], arm.final, name, colour))
@@ -112,7 +115,9 @@ def name_ends(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 def draw_sizes(panel: Axes, arms: dict[str, Arm], floor: float) -> None:
     """Distance over the share of the bank's rows at the last step that all have, labels' as lines; and the ratio of
     steps over `label`."""
-    sizes, labels = ([name for name in names if name in arms] for names in (SHARES, ("label", "label-align")))
+    furthest = max(arm.steps[-1] for arm in arms.values())
+    come = {name for name, arm in arms.items() if arm.steps[-1] >= min(LEAST, furthest)}
+    sizes, labels = ([name for name in names if name in come] for names in (SHARES, ("label", "label-align")))
     step = common_step(arms[name] for name in (*sizes, *labels)) if len(sizes) > 1 else None
     if not step:
         panel.set_axis_off()
@@ -129,7 +134,7 @@ def draw_sizes(panel: Axes, arms: dict[str, Arm], floor: float) -> None:
             place = (4, 4 if above else -11)
             panel.annotate(ratio, (share, arm.final), place, textcoords="offset points", fontsize="small")
     decorate(panel, floor, "rows of the bank, % of the images", [1, 10, 50, 100])
-    panel.set_title(f"after {step:,} steps; steps of label to its last FD, over those of the arm", fontsize="small")
+    panel.set_title(f"FD after {step:,} steps; beside it the ratio of steps to label's last FD", fontsize="small")
     if ends:
         name_ends(panel, ends)
 

@@ -263,12 +263,14 @@ class Run:
         if title in known["rows"]:
             return
         words = [store, str(samples), "--store", store, "--bank", str(self.bank), "--out", str(out)]
-        call(controls, [*words, *self.data.metric, "--draws", str(DRAWS)])
+        draws = 1 if controls.RANDOM in known["rows"] else DRAWS  # the same for each bank
+        call(controls, [*words, *self.data.metric, "--draws", str(draws)])
         found = read_json(out)
         for row, figures in found["rows"].items():
             name = title if row == controls.COPIED else row
-            if row != "samples":
-                known["rows"][name] = {"num_images": figures["num_images"], **by_reference(figures["metrics"])}
+            if row == "samples" or name in known["rows"]:
+                continue
+            known["rows"][name] = {"num_images": figures["num_images"], **by_reference(figures["metrics"])}
             if "deviation" in figures:
                 known["rows"][name]["deviation"] = by_reference(figures["deviation"])
         write_json(path, known | {"made": found["run"]})

@@ -122,8 +122,8 @@ def alike(values: list[float]) -> bool:
 
 
 def lowest(arms: dict[str, Arm], rows: dict[str, dict]) -> Finding:
-    """Whether random training images have the lowest distance of all rows; other real images may lie lower by what two
-    draws of such images differ in one case of twenty."""
+    """Whether random training images have the lowest distance of all rows; a row of other real images may lie lower by
+    two standard deviations of the difference of two draws, as one in forty does."""
     what = f"{FLOOR} have the lowest FD"
     found = {name: dig(row, ("held_out", "fd")) for name, row in rows.items() if "held_out" in row}
     if FLOOR not in found:
@@ -185,15 +185,15 @@ def few_copies(arm: Arm) -> Finding:
 
 
 def all_seeds(arms: dict[str, Arm], name: str) -> Finding:
-    """Whether `label` and the arm have the seeds that the protocol gives them."""
+    """Whether `label` and the arm have the seeds that a verdict takes."""
     counts = {one: len(arms[one].runs) if one in arms else 0 for one in dict.fromkeys(("label", name))}
-    enough = all(count >= (SEEDS if one in PRIMARY else 1) for one, count in counts.items())
+    enough = all(count >= SEEDS for count in counts.values())
     return Finding("all seeds", enough or None, ", ".join(f"{one} {count}" for one, count in counts.items()))
 
 
 def verdict(found: list[Finding]) -> str:
-    """What the conditions come to: holds, fails (does not come to `label`'s distance), or which ones are not met; and
-    which the runs cannot tell yet."""
+    """What the conditions come to: holds, fails (does not come to `label`'s distance), or which are not met, so far if
+    seeds are missing; and which the runs cannot tell yet."""
     failed = [one.what for one in found if one.passed is False]
     unknown = [one.what for one in found if one.passed is None]
     if found[0].passed is False:
@@ -202,4 +202,6 @@ def verdict(found: list[Finding]) -> str:
         word = f"does not hold, not met: {', '.join(failed)}"
     else:
         word = "open" if unknown else "holds"
+    if word != "open" and "all seeds" in unknown:
+        word = f"open, so far it {word}"
     return f"{word}; not known: {', '.join(unknown)}" if unknown else word

@@ -207,13 +207,17 @@ def test_the_claim_names_what_is_not_met(tmp_path, changes, passed, said):
 
 
 def test_too_few_seeds_decide_nothing_for_good(tmp_path):
-    """Three of label and of a primary arm, one of another; a failure so far is said to be one."""
+    """Three of label and of the arm; a failure so far is said to be one."""
     assert judge(tmp_path / "two", (2.5, 3))[1] == "open; not known: all seeds"
-    assert judge(tmp_path / "one", (0.9,))[1] == "fails, FD does not come down to label's; not known: all seeds"
+    assert judge(tmp_path / "one", (0.9,))[1] == (
+        "open, so far it fails, FD does not come down to label's; not known: all seeds"
+    )
     judge(tmp_path / "three")
     write(tmp_path / "three", "nearest-1", faster(3), copies=audit(0.002))
     arms = read_arms(tmp_path / "three")
     assert conditions(arms, "nearest-1")[-1].figures == "label 3, nearest-1 1"
+    assert verdict(conditions(arms, "nearest-1")) == "open; not known: all seeds"
+    arms["nearest-1"].runs *= 3
     assert verdict(conditions(arms, "nearest-1")) == "holds"
     arms["label"].runs.pop()
     assert verdict(conditions(arms, "nearest-1")) == "open; not known: all seeds"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -374,8 +375,10 @@ def test_control_rows_and_the_card(sampled, store, bank, weights, capsys, tmp_pa
 
 
 def test_several_draws_of_training_images_tell_their_deviation(sampled, store, bank, weights, monkeypatch, capsys):
-    """That of the figures which the row itself has when another draw comes first."""
+    """That of the figures which the row itself has when another draw comes first, corrected for the share of the store
+    that they draw, and so share."""
     samples, _ = sampled
+    count = json.loads((store / "meta.json").read_text())["num_images"]
     rows = control(samples, store, bank, weights, "--draws", "3")["rows"]
     assert "| random training images " in capsys.readouterr().out.partition(" ± ")[0].splitlines()[-1]
     first, rule = [rows["random training images"]["metrics"]], controls.spread
@@ -384,7 +387,8 @@ def test_several_draws_of_training_images_tell_their_deviation(sampled, store, b
         first.append(control(samples, store, bank, weights)["rows"]["random training images"]["metrics"])
     for reference, metrics in rows["random training images"]["deviation"].items():
         for name, value in metrics.items():
-            assert value == pytest.approx(statistics.stdev(one[reference][name] for one in first), rel=1e-4, abs=1e-9)
+            expected = statistics.stdev(one[reference][name] for one in first) / math.sqrt(1 - 30 / count)
+            assert value == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert rows["random training images"]["deviation"]["held-out"]["FD-test_vit"] > 0
     with pytest.raises(SystemExit):
         control(samples, store, bank, weights, "--draws", "0")
