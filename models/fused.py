@@ -25,9 +25,10 @@ from torch.library import triton_op, wrap_triton
 from models.attention import attention, fits
 
 WARPS = 4
-CHUNKS = (32, 16, 8, 4, 2, 1)  # tokens whose sums one program forms; the first that divides T is taken
 BLOCK = 4096  # numbers of a program of `activate`
-JOIN_BACKWARD = {"stages": 3, "num_warps": 4}
+# chunk: a power of two; of an image's tokens a program takes as many, or what of them divides T
+JOIN = {"chunk": 8, "stages": 3, "num_warps": 4}
+JOIN_BACKWARD = {"chunk": 32, "stages": 3, "num_warps": 4}
 ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span rows a program
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
@@ -37,25 +38,28 @@ POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * C
 @triton.jit
 def join_kernel(
     x, branch, gate, shift, scale, total, normed, mean, rstd, gate_stride, shift_stride, scale_stride,
-    eps: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    eps: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr,
+    stages: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    image = row // tokens
+    part, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
-    value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(branch + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32) * added
-    center = tl.sum(value) / width
-    deviation = tl.where(inside, value - center, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(deviation * deviation) / width + eps)
+    opening = tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     factor = 1 + tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(shift + image * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + row * width + columns, value, mask=inside)
-    result = deviation * inverse * factor + offset
-    tl.store(normed + row * width + columns, result.to(normed.dtype.element_ty), mask=inside)
-    tl.store(mean + row, center)
-    tl.store(rstd + row, inverse)
+    first = image * tokens + part * chunk
+    for step in tl.range(0, chunk, num_stages=stages):
+        row = first + step
+        where = row * width + columns
+        value = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        value += opening * tl.load(branch + where, mask=inside, other=0.0).to(tl.float32)
+        center = tl.sum(value) / width
+        deviation = tl.where(inside, value - center, 0.0)
+        inverse = 1 / tl.sqrt(tl.sum(deviation * deviation) / width + eps)
+        tl.store(total + where, value, mask=inside)
+        tl.store(normed + where, (deviation * inverse * factor + offset).to(normed.dtype.element_ty), mask=inside)
+        tl.store(mean + row, center)
+        tl.store(rstd + row, inverse)
 
 
 @triton.jit
@@ -107,9 +111,10 @@ def _join_op(
     x, branch = x.contiguous(), branch.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(branch)
     mean, rstd = x.new_empty(images * tokens), x.new_empty(images * tokens)
-    wrap_triton(join_kernel)[(images * tokens,)](
+    chunk = math.gcd(tokens, JOIN["chunk"])
+    wrap_triton(join_kernel)[(tokens // chunk, images)](
         x, branch, gate, shift, scale, total, normed, mean, rstd, gate.stride(0), shift.stride(0), scale.stride(0),
-        eps=eps, tokens=tokens, width=width, block=triton.next_power_of_2(width), num_warps=WARPS,
+        eps=eps, tokens=tokens, width=width, block=triton.next_power_of_2(width), **JOIN | {"chunk": chunk},
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -127,12 +132,12 @@ def _join_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, width = total.shape
     d_total, d_normed, branch = d_total.contiguous(), d_normed.contiguous(), branch.contiguous()
-    chunk = next(size for size in CHUNKS if tokens % size == 0)
+    chunk = math.gcd(tokens, JOIN_BACKWARD["chunk"])
     d_x, d_branch = torch.empty_like(total), torch.empty_like(branch)
     sums = total.new_empty(images, tokens // chunk, 4, width)
     wrap_triton(join_backward_kernel)[(tokens // chunk, images)](
         d_total, d_normed, total, branch, gate, scale, mean, rstd, d_x, d_branch, sums, gate.stride(0), scale.stride(0),
-        tokens=tokens, width=width, block=triton.next_power_of_2(width), chunk=chunk, **JOIN_BACKWARD,
+        tokens=tokens, width=width, block=triton.next_power_of_2(width), **JOIN_BACKWARD | {"chunk": chunk},
     )  # fmt: skip
     return d_x, d_branch, sums.sum(1)  # (B, T, D), (B, T, D), (B, 4, D)
 
