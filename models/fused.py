@@ -24,12 +24,10 @@ from torch.library import triton_op, wrap_triton
 
 from models.attention import attention, fits
 
-WARPS = 4
-BLOCK = 4096  # numbers of a program of `activate`
-# chunk: a power of two; of an image's tokens a program takes as many, or what of them divides T
-JOIN = {"chunk": 8, "stages": 3, "num_warps": 4}
-JOIN_BACKWARD = {"chunk": 32, "stages": 3, "num_warps": 4}
-ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span rows a program
+JOIN = {"num_warps": 2}
+JOIN_BACKWARD = {"chunk": 32, "stages": 3, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
+ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program
+ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span: rows of a program
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
@@ -38,28 +36,25 @@ POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * C
 @triton.jit
 def join_kernel(
     x, branch, gate, shift, scale, total, normed, mean, rstd, gate_stride, shift_stride, scale_stride,
-    eps: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr,
-    stages: tl.constexpr,
+    eps: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    part, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    image = row // tokens
     columns = tl.arange(0, block)
     inside = columns < width
-    opening = tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(branch + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32) * added
+    center = tl.sum(value) / width
+    deviation = tl.where(inside, value - center, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(deviation * deviation) / width + eps)
     factor = 1 + tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(shift + image * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    first = image * tokens + part * chunk
-    for step in tl.range(0, chunk, num_stages=stages):
-        row = first + step
-        where = row * width + columns
-        value = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-        value += opening * tl.load(branch + where, mask=inside, other=0.0).to(tl.float32)
-        center = tl.sum(value) / width
-        deviation = tl.where(inside, value - center, 0.0)
-        inverse = 1 / tl.sqrt(tl.sum(deviation * deviation) / width + eps)
-        tl.store(total + where, value, mask=inside)
-        tl.store(normed + where, (deviation * inverse * factor + offset).to(normed.dtype.element_ty), mask=inside)
-        tl.store(mean + row, center)
-        tl.store(rstd + row, inverse)
+    tl.store(total + row * width + columns, value, mask=inside)
+    result = deviation * inverse * factor + offset
+    tl.store(normed + row * width + columns, result.to(normed.dtype.element_ty), mask=inside)
+    tl.store(mean + row, center)
+    tl.store(rstd + row, inverse)
 
 
 @triton.jit
@@ -111,10 +106,9 @@ def _join_op(
     x, branch = x.contiguous(), branch.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(branch)
     mean, rstd = x.new_empty(images * tokens), x.new_empty(images * tokens)
-    chunk = math.gcd(tokens, JOIN["chunk"])
-    wrap_triton(join_kernel)[(tokens // chunk, images)](
+    wrap_triton(join_kernel)[(images * tokens,)](
         x, branch, gate, shift, scale, total, normed, mean, rstd, gate.stride(0), shift.stride(0), scale.stride(0),
-        eps=eps, tokens=tokens, width=width, block=triton.next_power_of_2(width), **JOIN | {"chunk": chunk},
+        eps=eps, tokens=tokens, width=width, block=triton.next_power_of_2(width), **JOIN,
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -208,8 +202,8 @@ def activate_backward_kernel(
 def _activate_op(hidden: Tensor, bias: Tensor) -> Tensor:
     hidden = hidden.contiguous()
     active = torch.empty_like(hidden)
-    wrap_triton(activate_kernel)[(triton.cdiv(hidden.numel(), BLOCK),)](
-        hidden, active, hidden.numel(), block=BLOCK, num_warps=WARPS
+    wrap_triton(activate_kernel)[(triton.cdiv(hidden.numel(), ACTIVATE["block"]),)](
+        hidden, active, hidden.numel(), **ACTIVATE
     )
     return active
 
