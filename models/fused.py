@@ -25,9 +25,9 @@ from torch.library import triton_op, wrap_triton
 from models.attention import attention, fits
 
 JOIN = {"num_warps": 2}
-JOIN_BACKWARD = {"chunk": 32, "stages": 3, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
+JOIN_BACKWARD = {"chunk": 32, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
 ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program
-ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span: rows of a program
+ACTIVATE_BACKWARD = {"columns": 1024, "tile": 2, "span": 128, "stages": 2, "num_warps": 4}  # span: rows of a program
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
