@@ -200,9 +200,22 @@ def test_the_figures_by_hand():
     assert (result["near_copies"], result["near_copies_held_out"], result["exact"]) == (0.5, 0.01, 0.25)
     assert result["excess"] == 0.49
     assert result["standard_error"] == pytest.approx((0.25 / 4 + 0.01 * 0.99 / 200) ** 0.5)
+    assert (result["wide_threshold"], result["wide_near_copies"], result["wide_near_copies_held_out"]) == (10, 1, 0.05)
+    assert result["wide_excess"] == 0.95
+    assert result["wide_standard_error"] == pytest.approx((0.05 * 0.95 / 200) ** 0.5)
     assert result["authenticity"] == 0.5  # 2 > 1 and 9 > 4, but neither 0 > 0 nor 3 > 3
     assert result["authenticity_held_out"] == 0.005  # 2 > 1, but neither 1 > 1 nor any other
     assert finding.suspicious().tolist() == [0, 1, 2, 3]
+
+
+def test_a_few_twins_do_not_hide_copies():
+    """2% of the held-out images have a twin at 0.1, the others are 8 to 12 from any; half of the samples are at 5."""
+    held_out, samples = torch.zeros(1000, 4, dtype=torch.float64), torch.zeros(100, 4, dtype=torch.float64)
+    held_out[:, 0] = torch.cat([torch.full((20,), 0.1), torch.linspace(8, 12, 980)])
+    samples[:, 0] = torch.tensor([5.0, 10.0]).repeat(50)
+    result = Finding("any", samples, held_out).result()
+    assert (result["threshold"], result["excess"]) == (pytest.approx(0.1), -0.02)
+    assert (result["wide_near_copies"], result["wide_excess"]) == (0.5, 0.45)
 
 
 def test_the_sheets_show_each_sample_beside_its_neighbour(audit, clothes, store, tmp_path):
