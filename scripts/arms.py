@@ -77,10 +77,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Target:
-    """A distance that arms are to reach, and the steps it took a baseline."""
+    """A distance that arms are to reach, the steps after which a baseline first had it, and its seeds' own."""
 
     distance: float
-    steps: int
+    steps: float
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,19 @@ def steps_to(distance: float, steps: list[int], distances: np.ndarray) -> float 
 
 
 def targets(arms: dict[str, Arm]) -> dict[str, Target]:
-    """The last distances of the baselines that are there, and that of `label` with its best guidance."""
-    found = {name: Target(arms[name].final, arms[name].steps[-1]) for name in BASELINES if name in arms}
+    """The last distances of the baselines that are there, and that of `label` with its best guidance, if that helps. A
+    baseline whose distance rises again had it sooner than at its last step."""
+    found = {}
+    for name in (name for name in BASELINES if name in arms):
+        arm = arms[name]
+        first, last = steps_to(arm.final, arm.steps, arm.distances.mean(1)), arm.steps[-1]
+        steps = last if math.isclose(first, last) else first  # but for the rounding of logarithms
+        found[name] = Target(arm.final, steps, tuple(map(float, arm.distances[-1])))
     guided = {way: of for way, of in variants(arms["label"]).items() if "guided" in way} if "label" in arms else {}
     if guided:
         best = min(guided, key=lambda way: score(guided[way], "held_out", "fd"))
-        found[f"label {best}"] = Target(score(guided[best], "held_out", "fd"), found["label"].steps)
+        if (distance := score(guided[best], "held_out", "fd")) < found["label"].distance:
+            found[f"label {best}"] = Target(distance, arms["label"].steps[-1])
     return found
 
 
@@ -201,6 +209,15 @@ def reach(arm: Arm, target: Target) -> tuple[Reach, list[Reach]]:
         return Reach(steps, target.steps / steps if steps else 0, steps == arm.steps[0])
 
     return of(arm.distances.mean(1)), [of(seed) for seed in arm.distances.T]
+
+
+def spread(arm: Arm, target: Target) -> tuple[Reach, Reach] | None:
+    """How soon an arm's mean curve comes to the best and to the worst of a baseline's seeds, by the steps of their
+    mean: how much the target itself is in doubt. None if there is one."""
+    if len(target.seeds) < 2:
+        return None
+    best, worst = (reach(arm, Target(of(target.seeds), target.steps))[0] for of in (min, max))
+    return best, worst
 
 
 def ratio_of(reached: Reach) -> str:

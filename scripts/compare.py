@@ -14,9 +14,11 @@ Writes  FOLDER/curve.png   distance to held-out images over steps and over secon
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the
-mean final FD of the baseline; "not reached" if it does not. The ratio is the baseline's last step divided by it, with
-those of the single seeds: over `label`, the miniature of the paper's 46.7 times over SiT, over `label-align`, of its 16
-times over REPA. scripts/verdict.py holds the protocol's conditions and checks.
+mean final FD of the baseline; "not reached" if it does not. The ratio is the baseline's own steps to it divided by them
+(its last step, unless its distance rises again), with those of the single seeds: over `label`, the miniature of the
+paper's 46.7 times over SiT, over `label-align`, of its 16 times over REPA. How sure the target is shows in the ratios
+to the last FD of the best and of the worst of label's seeds. scripts/verdict.py holds the protocol's conditions and
+checks.
 
 `--check` compares a run of your own with the committed seeds of its arm and settings. Its FD has to lie within their
 mean ± 3 standard deviations; the last step decides, and exit status 1 says that it is outside. With three seeds one run
@@ -59,6 +61,7 @@ from scripts.arms import (
     read_run,
     score,
     scored,
+    spread,
     targets,
     variants,
 )
@@ -197,8 +200,11 @@ def ratios(arms: dict[str, Arm]) -> list[dict]:
     for arm in arms.values() if found else ():
         row = {"arm": arm.name}
         for name, target in found.items():
-            title = f"{name}'s {target.distance:.3g} ({BASELINES.get(name, 'best guidance')})"
+            first = f", had after {target.steps:,.0f}" if target.steps < arms[name.split()[0]].steps[-1] else ""
+            title = f"{name}'s {target.distance:.3g}{first} ({BASELINES.get(name, 'best guidance')})"
             row[title] = reached(arm, target) if name != arm.name else ""
+            if name == "label" and (doubt := spread(arm, target)):
+                row["ratio to the best and worst of label's seeds"] = ", ".join(map(ratio_of, doubt))
         rows.append(row)
     return rows
 

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from scripts import arms as known
-from scripts.arms import Arm, common_step, missing, rates, ratio_of, reach, read_arms, read_run, steps_to, targets
+from scripts.arms import (
+    Arm,
+    common_step,
+    missing,
+    rates,
+    ratio_of,
+    reach,
+    read_arms,
+    read_run,
+    spread,
+    steps_to,
+    targets,
+)
 from scripts.verdict import conditions, flattening, sanity, verdict
 
 STEPS = (500, 1000, 2000, 4000, 8000)
@@ -69,6 +81,35 @@ def test_ratios_of_mean_and_seeds(tmp_path):
     assert [seed.steps for seed in seeds] == [pytest.approx(3200), None, 500]
     assert [seed.at_once for seed in seeds] == [False, False, True]
     assert [ratio_of(seed) for seed in seeds] == ["2.5×", "not reached", "≥ 16×"]
+
+
+def test_a_baseline_that_rises_again_had_its_last_distance_sooner(tmp_path):
+    """16,000/step is at 4 after 4,000 steps; what reaches that after 2,000 is twice as fast, not four times."""
+    write(tmp_path, "label", [32, 16, 8, 2, 4])
+    write(tmp_path, "own", [32, 8, 4, 2, 1])
+    arms = read_arms(tmp_path)
+    target = targets(arms)["label"]
+    assert (target.distance, target.steps) == (4, pytest.approx(8**0.5 * 1000))  # halfway from 8 to 2, in logarithms
+    mean, _ = reach(arms["own"], target)
+    assert mean.ratio == pytest.approx(2**0.5)
+    assert not conditions(arms, "own")[1].passed
+
+
+def test_a_target_is_as_sure_as_the_seeds_that_set_it(tmp_path):
+    """Seeds at 1 and 4: 16,000/step is there after 16,000 and 4,000 steps, of which it has 8,000."""
+    write(tmp_path, "own", power_law(16_000, 1))
+    write(tmp_path, "label", [9, 8, 7, 5, 1], 0)
+    assert spread(read_arms(tmp_path)["own"], targets(read_arms(tmp_path))["label"]) is None
+    write(tmp_path, "label", [9, 8, 7, 5, 4], 1)
+    arms = read_arms(tmp_path)
+    best, worst = spread(arms["own"], targets(arms)["label"])
+    assert best.steps is None
+    assert (worst.steps, worst.ratio) == (pytest.approx(4000), pytest.approx(2))
+
+
+def test_guidance_that_does_not_help_is_no_target(tmp_path):
+    write(tmp_path, "label", FLAT, variants={"guided-1.5": {"held_out": {"fd": 2.1}}})
+    assert [*targets(read_arms(tmp_path))] == ["label"]
 
 
 def test_label_with_its_best_guidance_is_a_target(tmp_path):

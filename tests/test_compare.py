@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from test_arms import FLAT, SETTINGS, audit, controls, power_law, write
 
 from scripts import compare
-from scripts.arms import PRIMARY, SHARES, Arm, missing, read_arms, read_run, targets
+from scripts.arms import FLOOR, PRIMARY, SHARES, Arm, missing, reach, read_arms, read_run, targets
 from scripts.compare import check, reached
 from scripts.draw_arms import COLOURS, GAP, draw
 from scripts.miniature_data import DATA
@@ -240,14 +240,42 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
         assert halves[arm][0]["to training images"] in chapter
 
 
+CONDITIONS = {  # of the README's table
+    "none": "none",
+    "class label": "label",
+    "class label, with alignment as REPA": "label-align",
+    "nearest snippet of a bank of 10%": "nearest-10",
+    "nearest snippet of 10%, with alignment": "nearest-10-align",
+    "each image's own feature": "own",
+}
+
+
+def test_the_readme_quotes_the_committed_runs(root):
+    text = (root / "README.md").read_text()
+    quoted = entries(text[text.index("## The claim in miniature") :].partition("\n## ")[0])
+    assert {*quoted} == {*CONDITIONS, FLOOR}
+    for name, place in (("glyphs", 0), ("fashion", 2)):
+        folder = root / "benchmarks" / "miniature" / name
+        arms, rows = read_arms(folder), json.loads((folder / "controls.json").read_text())["rows"]
+        label = targets(arms)["label"]
+        assert [*quoted[FLOOR][0].values()][1 + place] == f"{rows[FLOOR]['held_out']['fd']:.3g}"
+        for condition, arm in CONDITIONS.items():
+            distance, steps = [*quoted[condition][0].values()][1 + place : 3 + place]
+            assert distance == f"{arms[arm].final:.3g}", (name, arm)
+            mean = reach(arms[arm], label)[0]
+            expected = f"{mean.steps:,.0f}, {mean.ratio:.1f}× fewer" if mean.steps else "not reached"
+            assert steps == (f"{label.steps:,.0f}" if arm == "label" else expected), (name, arm)
+
+
 def check_chapter(quoted, page, arms):
     """Each figure in the rows of these arms, of a chapter of the report, is that of the data set's page."""
     found, searches = entries(page, "## Curves"), entries(page, "## Search")
     for arm in arms:
         row, (curve, reaches, *_) = quoted[f"`{arm}`"][0], found[arm]
-        words = {"steps to `label`'s last FD; of each seed": [*reaches.values()][1] or "8,000"}
+        column = next(name for name in reaches if name.startswith("label's "))
+        words = {"steps to `label`'s last FD; of each seed": reaches[column] or f"{targets(arms)['label'].steps:,.0f}"}
         words["rate, scale"] = ", ".join(re.findall(r"(?:lr|scale) ([\d.]+)", curve["settings"]))
-        expected = curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
+        expected = reaches | curve | {key.removesuffix(" steps"): value for key, value in curve.items()} | words
         for name, text in row.items():
             if name == "rate, scale":
                 text = ", ".join(f"{float(word):g}" for word in text.split(", "))
@@ -257,7 +285,8 @@ def check_chapter(quoted, page, arms):
                 lr, scale = name.split(", scale ")
                 tried = [one for one in searches[arm] if "lr" in one and one["scale"] in (scale, "")]
                 tried = [one for one in tried if float(one["lr"]) == float(lr)]
-                assert text.strip("*") == (tried[0]["8,000 steps"] if tried and text else ""), (arm, name)
+                last = tried[0][f"{curve['last step']} steps"] if tried and text else ""
+                assert text.strip("*") == last, (arm, name)
 
 
 def test_lines_carry_their_names(tmp_path):
