@@ -1,5 +1,6 @@
 """The Triton kernels equal plain arithmetic: interpreted on a CPU, and compiled inside a network on a GPU."""
 
+import contextlib
 import copy
 import math
 import os
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
-from models import kernels, update
+from models import agreement, kernels, update
+from models.inference import round_weights
 from models.sit import SiT_models
 
 pytest.importorskip("triton")
@@ -189,6 +191,81 @@ def test_the_kernels_on_a_gpu():
     for tokens, size in attention.SHAPES:  # as many heads as SiT-S has, and SiT-XL
         for heads in (6, 16):
             check_attention("cuda", tokens, heads, size, torch.bfloat16, tolerance=3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gelu_lies_within_the_product_where_no_gradient_is_wanted(dtype, monkeypatch):
+    """In half precision, and then it is rounded once instead of twice; erf's form would be further off."""
+    torch.manual_seed(0)
+    layer, half = torch.nn.Linear(384, 1536, device="cuda", dtype=dtype), dtype != torch.float32
+    x, product = torch.randn(3, 64, 384, device="cuda", dtype=dtype), mock.Mock(wraps=torch._addmm_activation)
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    exact = F.gelu(copy.deepcopy(layer).double()(x.double()), approximate="tanh")
+    apart = fused.activated(layer, x)
+    assert apart.requires_grad
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=half):
+        rounded = fused.activated(copy.deepcopy(layer).float(), x)  # float32 weights, which autocast rounds
+        assert not product.called
+        within = fused.activated(layer, x)
+    assert product.called == half
+    assert relative(rounded, apart) < 1e-6
+    assert relative(within, exact) <= (0.9 if half else 1.0) * relative(apart, exact)
+
+
+@pytest.fixture
+def product(monkeypatch):
+    """That of GELU, as if it fitted on a CPU, where it is erf's form; joins are plain, because Triton needs a GPU."""
+
+    def join(*given):
+        total, normed = plain_join(*given[:-1])
+        return total, normed.to(given[1].dtype)
+
+    monkeypatch.setattr(fused, "join", join)
+    monkeypatch.setattr(fused, "fits_product", lambda layer, x: not torch.is_grad_enabled())
+    monkeypatch.setattr(torch, "_addmm_activation", mock.Mock(wraps=torch._addmm_activation))
+    return torch._addmm_activation
+
+
+def sampled():
+    """A network and what its first block is given, as in sampling, where bf16 is ambient."""
+    network = make_network(8)
+    round_weights(network)
+    inputs = kernels.entrance(network, torch.randn(2, *network.latent_shape))
+    return network, inputs | {"c": torch.randn(2, network.pos_embed.shape[-1])}
+
+
+@torch.no_grad()
+@torch.autocast("cpu", torch.bfloat16)
+def test_a_block_with_gelu_within_the_product_compiles_whole(product):
+    """Without a break of its graph, to the same bits."""
+    network, inputs = sampled()
+    layer = network.blocks[0].mlp.fc1
+    torch.library.opcheck(fused._linear_gelu_op, (inputs["branch"], layer.weight, layer.bias))
+    product.reset_mock()
+    run = torch.compile(fused.run_block, fullgraph=True, dynamic=False, backend="aot_eager")
+    given, eager = (function(False, network.blocks[0], **inputs) for function in (run, fused.run_block))
+    assert product.call_count == 2
+    assert all(map(torch.equal, given, eager))
+    x, branch, gate = given
+    wide = {name: value.double() for name, value in inputs.items()}
+    with torch.autocast("cpu", enabled=False):
+        exact = copy.deepcopy(network.blocks[0]).double()(wide["x"] + wide["branch"], wide["c"])
+    assert relative(x.double() + gate.double()[:, None] * branch, exact) < 5e-3
+
+
+@torch.no_grad()
+@torch.autocast("cpu", torch.bfloat16)
+@pytest.mark.parametrize("told", ["", "are wrong", "no such product"])
+def test_a_product_that_goes_wrong_is_noticed(told, product):
+    def relu(*given, use_gelu):
+        return F.relu(torch.addmm(*given))
+
+    product.side_effect = {"": None, "are wrong": relu, "no such product": RuntimeError(told)}[told]
+    network, inputs = sampled()
+    with pytest.warns(UserWarning, match=told) if told else contextlib.nullcontext():
+        assert agreement.trusted(network, False, inputs) is (None if told else False)
+    assert product.called
 
 
 def make_network(input_size, qk_norm=False):
