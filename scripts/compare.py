@@ -23,6 +23,7 @@ checks.
 `--check` compares a run of your own with the committed seeds of its arm and settings. Its FD has to lie within their
 mean ± 3 standard deviations; the last step decides, and exit status 1 says that it is outside. With three seeds one run
 in eight of the very same procedure is, because so few say little about their deviation (t with 2 degrees of freedom).
+Where one seed is committed the other arms' deviation, as a share of FD, stands in, for the difference of two runs.
 """
 
 import argparse
@@ -296,11 +297,29 @@ def diversity(sets: dict[int, tuple[dict[str, Arm], float]], step: int) -> Itera
     yield "Images held out are few where characters are: distances compare within a row, and with its floor."
 
 
+def deviation(arm: Arm, arms: dict[str, Arm], step: int) -> float:
+    """Standard deviation of an arm's distance at a step: of its seeds, or, if it has one, by the seeds of the other
+    arms, as a share of the distance (root of the mean square over the arms).
+
+    Raises:
+        ValueError: no arm has two seeds at this step.
+    """
+    place = arm.steps.index(step)
+    if len(arm.runs) > 1:
+        return float(arm.distances[place].std(ddof=1))
+    several = [other for other in arms.values() if len(other.runs) > 1 and step in other.steps]
+    if not several:
+        raise ValueError(f"one committed seed of arm {arm.name!r}, and no arm with two or more to take a spread from")
+    rows = [other.distances[other.steps.index(step)] for other in several]
+    shares = [row.std(ddof=1) / row.mean() for row in rows]
+    return float(arm.distances[place].mean() * np.sqrt(np.mean(np.square(shares))))
+
+
 def check(run: dict, path: Path, arms: dict[str, Arm]) -> bool:
     """Print a run's distances beside the committed seeds' intervals; whether the last one lies inside.
 
     Raises:
-        ValueError: the arm is not among them, has other settings, fewer than two seeds, or no step in common.
+        ValueError: the arm is not among them, has other settings, no step in common, or no spread is known.
     """
     arm = arms.get(run["arm"])
     if arm is None:
@@ -308,23 +327,23 @@ def check(run: dict, path: Path, arms: dict[str, Arm]) -> bool:
     if difference := differing(run, arm.runs[0]):
         raise ValueError(f"{path}: other settings than the committed runs of arm {arm.name!r}: {difference}")
     count = len(arm.runs)
-    if count < 2:
-        raise ValueError(f"{path}: one committed seed of arm {arm.name!r}; a spread takes two or more")
     mine = {point["step"]: point["held_out"]["fd"] for point in run["curve"] if "held_out" in point}
     shared = [step for step in arm.steps if step in mine]
     if not shared:
         raise ValueError(
             f"{path} was scored at steps {sorted(mine)}, the committed runs at {arm.steps}: none in common"
         )
-    rows, inside = [], False
+    rows, inside, single = [], False, count == 1
     for step in shared:
-        seeds = arm.distances[arm.steps.index(step)]
-        mean, reach = seeds.mean(), DEVIATIONS * seeds.std(ddof=1)
+        mean = arm.distances[arm.steps.index(step)].mean()
+        reach = DEVIATIONS * deviation(arm, arms, step) * (2**0.5 if single else 1)  # of two single runs
         inside = bool(abs(mine[step] - mean) <= reach)
-        rows.append({"steps": f"{step:,}", "FD": f"{mine[step]:.4g}", "mean of seeds": f"{mean:.4g}"})
+        rows.append({"steps": f"{step:,}", "FD": f"{mine[step]:.4g}"})
+        rows[-1] |= {"the committed seed" if single else "mean of seeds": f"{mean:.4g}"}
         rows[-1] |= {"interval": f"{mean - reach:.4g} to {mean + reach:.4g}", "": "inside" if inside else "outside"}
+    seeds = "one seed, by the other arms' spread" if single else f"{count} seeds"
     verdict = f"{'inside' if inside else 'outside'} the spread at step {shared[-1]:,}"
-    print(f"{path}: {run['dataset']}, {arm.name}, against {count} seeds\n\n{table(rows)}\n\n{verdict}\n")
+    print(f"{path}: {run['dataset']}, {arm.name}, against {seeds}\n\n{table(rows)}\n\n{verdict}\n")
     return inside
 
 

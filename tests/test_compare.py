@@ -371,6 +371,21 @@ def test_check_is_three_standard_deviations(tmp_path, capsys):
     assert "--check compares with the seeds of one FOLDER" in capsys.readouterr().err
 
 
+def test_one_committed_seed_borrows_the_spread_of_the_others(tmp_path, capsys):
+    """Seeds 9, 10, 11 deviate by a tenth, 1, 2, 3 by a half: by 0.36 in the root of the mean square. Two runs differ √2
+    times as much as one from a mean, so that 20 stands for 20 ± 3·√2·0.36·20."""
+    for seed, (own, label) in enumerate(((9, 1), (10, 2), (11, 3))):
+        write(tmp_path / "runs", "own", [100, 80, 60, 40, own], seed)
+        write(tmp_path / "runs", "label", [100, 80, 60, 40, label], seed)
+    write(tmp_path / "runs", "none", [100, 80, 60, 40, 20])
+    arms = read_arms(tmp_path / "runs")
+    reach = 3 * 2**0.5 * (0.5 * (0.1**2 + 0.5**2)) ** 0.5 * 20
+    for name, final in (("in", 20 + reach - 0.001), ("out", 20 + reach + 0.001)):
+        path = write(tmp_path / name, "none", [100, 80, 60, 40, final], 7)
+        assert check(read_run(path), path, arms) == (name == "in")
+    assert "against one seed, by the other arms' spread" in capsys.readouterr().out
+
+
 def test_what_does_not_compare_is_refused(tmp_path):
     for seed in (0, 1):
         write(tmp_path / "runs", "own", [5] * 5, seed)
@@ -384,5 +399,6 @@ def test_what_does_not_compare_is_refused(tmp_path):
 
     refused("no runs of arm 'label' to compare with, only of none, own", arm="label")
     refused("arm 'own': lr: 0.1 and 0.0005", settings=SETTINGS | {"lr": 0.1})
-    refused("one committed seed of arm 'none'", arm="none")
-    refused(r"scored at steps \[3\], the committed runs at \[500", distances=[5], steps=(3,))
+    arms = {"none": arms["none"]}
+    refused("one committed seed of arm 'none', and no arm with two or more", arm="none")
+    refused(r"scored at steps \[3\], the committed runs at \[500", arm="none", distances=[5], steps=(3,))
