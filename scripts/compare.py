@@ -11,6 +11,7 @@ Writes  FOLDER/curve.png   distance to held-out images over steps and over secon
                            those of the fastest run with or without alignment, since runs may have shared a GPU
         FOLDER/table.md    whether the claim holds, the same as a table, steps to the baselines' last distance, size of
                            the bank, search, ways to sample, real images, copies
+        FOLDER/samples.png the primary arms' first samples of one seed, if their previews (ARM-SEED.png) are there
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the
@@ -66,7 +67,7 @@ from scripts.arms import (
     targets,
     variants,
 )
-from scripts.draw_arms import draw, draw_diversity
+from scripts.draw_arms import draw, draw_diversity, draw_samples
 from scripts.verdict import Finding, conditions, flattening, sanity, verdict
 
 DEVIATIONS = 3  # from the seeds' mean, within which a run agrees with them
@@ -100,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         tried = [read_json(path) for path in sorted((folder / "search").glob("*.json"))]
         write("\n\n".join(page(arms, rows, tried)), folder / "table.md")
         save(draw(arms, floor), folder / "curve.png")
+        if pictures := draw_samples(folder, arms):
+            save(pictures, folder / "samples.png")
         if (name := dataset(arms)) in CHARACTERS:
             grown[CHARACTERS[name]] = (arms, floor)
     for characters, (arms, floor) in grown.items():

@@ -1,12 +1,14 @@
 """Figures of the miniature: distance over steps and seconds, over the size of the bank, and over diversity."""
 
 from itertools import cycle, product
+from pathlib import Path
 from statistics import mode
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from PIL import Image
 from scipy.optimize import isotonic_regression
 
 from scripts.arms import (
@@ -47,6 +49,24 @@ def draw(arms: dict[str, Arm], floor: float) -> Figure:
         beside = {name: arms[name] for name in ("label", "nearest-10") if name in arms}
         draw_curves(panels[1, 0], others | beside, floor)
         draw_sizes(panels[1, 1], arms, floor)
+    return figure
+
+
+def draw_samples(folder: Path, arms: dict[str, Arm]) -> Figure | None:
+    """The first samples of each primary arm after its last step, all of the first seed whose previews are beside the
+    logs; None if there is no such seed."""
+    names = [name for name in PRIMARY if name in arms]
+    seeds = sorted(run["seed"] for run in arms[names[0]].runs) if names else []
+    seed = next((one for one in seeds if all((folder / f"{name}-{one}.png").is_file() for name in names)), None)
+    if seed is None:
+        return None
+    figure = Figure(figsize=(9, 1.9 * -(-len(names) // 3)), layout="constrained")
+    for panel, name in zip(figure.subplots(-(-len(names) // 3), 3, squeeze=False).flat, names, strict=False):
+        with Image.open(folder / f"{name}-{seed}.png") as preview:
+            panel.imshow(np.asarray(preview)[: preview.height // 2], cmap="gray")
+        panel.set_title(f"{name}, {arms[name].final:.3g}", fontsize="small")
+    for panel in figure.axes:
+        panel.set_axis_off()
     return figure
 
 

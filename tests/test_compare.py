@@ -14,7 +14,7 @@ from test_arms import FLAT, SETTINGS, audit, controls, power_law, write
 from scripts import compare
 from scripts.arms import FLOOR, PRIMARY, SHARES, Arm, missing, reach, read_arms, read_run, targets
 from scripts.compare import check, reached
-from scripts.draw_arms import COLOURS, GAP, draw
+from scripts.draw_arms import COLOURS, GAP, draw, draw_samples
 from scripts.miniature_data import DATA
 
 WAYS = {"guided-1.5": {"held_out": {"fd": 12.5, "precision": 0.61, "recall": 0.33}, "command": "…"}}
@@ -344,6 +344,25 @@ def test_one_data_set_says_nothing_about_diversity(tmp_path):
         write(tmp_path / name, "label", FLAT, dataset=name)
     compare.main([str(tmp_path / "glyphs"), str(tmp_path / "fashion")])
     assert not (tmp_path / "diversity.md").exists()
+
+
+def test_samples_are_of_one_seed_that_all_primary_arms_have(tmp_path):
+    for arm in ("label", "own"):
+        for seed in (0, 1):
+            write(tmp_path, arm, FLAT, seed)
+    write(tmp_path, "random", FLAT)
+    shades = {"label-0": 10, "label-1": 80, "own-1": 160}
+    for name, shade in shades.items():
+        Image.new("L", (12, 20), shade).save(tmp_path / f"{name}.png")
+    figure = draw_samples(tmp_path, read_arms(tmp_path))
+    shown = [(panel.get_title(), panel.images[0].get_array()) for panel in figure.axes if panel.images]
+    assert [title for title, _ in shown] == ["label, 2", "own, 2"]
+    assert [image.shape for _, image in shown] == [(10, 12)] * 2  # the upper half
+    assert [image.min() for _, image in shown] == [80, 160]
+    compare.main([str(tmp_path)])
+    assert (tmp_path / "samples.png").is_file()
+    (tmp_path / "own-1.png").unlink()
+    assert draw_samples(tmp_path, read_arms(tmp_path)) is None
 
 
 def test_check_is_three_standard_deviations(tmp_path, capsys):
