@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the interpreted run of this very file
 from models import agreement, kernels, update
 from models.inference import round_weights
-from models.sit import SiT_models
+from models.sit import SiT, SiT_models
 
 pytest.importorskip("triton")
 from models import adamw, attention, fused
@@ -308,6 +310,40 @@ def interpreted_network(qk_norm):
             assert relative(ours, plain) < 1e-4 or max(ours.norm(), plain.norm()) < 1e-8
 
 
+def check_benchmark():
+    """The tables have a row for each choice, one of them the one in use, and GELU is computed in both ways."""
+    from benchmarks import bench_kernels as bench
+
+    def eagerly(network):
+        network.velocity = partial(kernels.fused_velocity, network, partial(fused.run_block, False), fused.finish)
+
+    def small(condition):
+        return SiT(name="small", depth=2, width=48, num_heads=2, patch_size=1, input_size=2, condition=condition)
+
+    choices = {"JOIN": {"num_warps": [2]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
+    patched = {"TOKENS": 12, "WIDTH": 24, "HALF": torch.float16, "MODEL": "small", "NETWORK_BATCH": 2, "TURNS": 1}
+    patched |= {"CHOICES": choices, "IMAGES": {name: [2] for name in choices}, "GELU_IMAGES": [2]}
+    patched |= {"can_fuse": lambda device: True, "compile_blocks": eagerly, "recorded": lambda work: work}
+    patched |= {"milliseconds": lambda work: 2.0, "in_a_row": lambda work, times: float(work().isfinite().all())}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(SiT_models, small=small),
+        mock.patch.multiple(bench, **patched),
+        mock.patch.object(fused, "fits_product", return_value=True),
+        mock.patch.object(torch, "_addmm_activation", side_effect=torch._addmm_activation) as product,
+    ):
+        bench.main(["--network", "--out", f"{folder}/out.json"])
+        result = json.loads(Path(folder, "out.json").read_text())
+    assert product.call_count == 2 + 2 * 2  # compared and timed: a layer, and a network of two blocks
+    rows = [(row["kernel"], row["chosen"]) for row in result["rows"]]
+    backward = [("JOIN_BACKWARD", False), ("JOIN_BACKWARD", True)]
+    assert rows == [("JOIN", True), *backward, ("ACTIVATE_BACKWARD", True)]
+    for row in (*result["gelu"], result["network"]):
+        for way in ("within", "apart"):
+            assert row[way]["ms"] == 1
+            assert 0 < row[way]["error"] < 0.01
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "checkpointed", "qk_norm", "without triton", "without cudnn"])
 def test_a_compiled_network_is_as_close_to_float32_as_the_plain_one(kind, monkeypatch):
@@ -366,3 +402,4 @@ if __name__ == "__main__":
     interpreted_kernels()
     for qk_norm in (False, True):
         interpreted_network(qk_norm)
+    check_benchmark()

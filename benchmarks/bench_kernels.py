@@ -1,0 +1,277 @@
+"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what GELU within a product saves.
+
+    python -m benchmarks.bench_kernels --network --out benchmarks/results/kernels.json
+
+At the shapes of SiT-XL/2 and in bf16, random data. Each kernel runs as a CUDA graph, with the sums that follow it, for
+every choice in its sweep, compared with float64 before it is timed: `ms` is the median, the GPU's cache emptied before
+each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what models/fused.py has now.
+The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
+a GPU's clock falls under a steady load; so are evaluations of the compiled network with --network.
+"""
+
+import argparse
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.bench_train import difference, randomize, show
+from memory.files import write_json
+from memory.provenance import provenance
+from memory.trust import triton_release
+from models.inference import round_weights
+from models.kernels import can_fuse, compile_blocks, fast_attention
+from models.sit import SiT_models
+
+MODEL, TOKENS, WIDTH, HALF, EPS = "SiT-XL/2", 256, 1152, torch.bfloat16, 1e-6
+TOLERANCE = 3e-3  # relative, of results rounded to bf16
+IN_A_ROW, TURNS = 500, 3
+NETWORK_BATCH, EVALUATIONS, COMPARED = 256, 100, 16  # images; evaluations in a row; images compared with float32
+CHOICES = {  # launch parameters that are tried, by the name of those of models/fused.py
+    "JOIN": {"num_warps": [1, 2, 4, 8]},
+    "JOIN_BACKWARD": {"chunk": [16, 32, 64], "stages": [2, 3, 4], "num_warps": [4, 8]},
+    "ACTIVATE": {"block": [2048, 4096, 8192], "num_warps": [4, 8]},
+    "ACTIVATE_BACKWARD": {
+        "columns": [512, 1024],
+        "tile": [2, 4, 8],
+        "span": [64, 128],
+        "stages": [2, 3],
+        "num_warps": [4],
+    },
+}
+IMAGES = {"JOIN": [256, 128, 16], "JOIN_BACKWARD": [128, 32], "ACTIVATE": [256, 16], "ACTIVATE_BACKWARD": [128, 32]}
+GELU_IMAGES = [256, 64, 16]
+BYTES = {"JOIN": 12, "JOIN_BACKWARD": 18, "ACTIVATE": 16, "ACTIVATE_BACKWARD": 24}  # for each of B·T·D numbers
+Work = Callable[[], tuple[Tensor, ...]]
+
+
+def plain_join(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`fused.join` as PyTorch has it."""
+    total = x + gate[:, None] * branch
+    return total, F.layer_norm(total, total.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def join_work(images: int, device: torch.device) -> tuple[Work, Work, list[Tensor]]:
+    """`fused.join`, the same in float64, and what both read."""
+    from models import fused  # here, because Triton is not everywhere
+
+    x, branch = torch.randn(2, images, TOKENS, WIDTH, device=device)
+    gate, shift, scale = torch.randn(images, 6 * WIDTH, device=device).to(HALF).chunk(6, 1)[:3]  # rows not packed
+    read = [x, branch.to(HALF), gate, shift, scale]
+    bias = x.new_zeros(WIDTH)
+    return lambda: fused.join(*read, bias, EPS), lambda: plain_join(*(tensor.double() for tensor in read)), read
+
+
+def join_backward_work(images: int, device: torch.device) -> tuple[Work, Work]:
+    """The kernel of `fused.join`'s gradients and its sums, and the same in float64."""
+    from models import fused
+
+    _, _, (x, branch, gate, shift, scale) = join_work(images, device)
+    total, _, mean, rstd = fused._join_op(x, branch, gate, shift, scale, x.new_zeros(WIDTH), EPS)
+    d_total, d_normed = torch.randn_like(x), torch.randn_like(branch)
+
+    @torch.enable_grad()
+    def exact() -> tuple[Tensor, ...]:
+        wide = [tensor.double().requires_grad_() for tensor in (x, branch, gate, shift, scale)]
+        gradients = torch.autograd.grad(plain_join(*wide), wide, (d_total.double(), d_normed.double()))
+        return *gradients[:2], torch.stack([*gradients[2:], gradients[1].sum(1)], 1)  # the last is the bias's
+
+    return lambda: fused._join_backward_op(d_total, d_normed, total, branch, gate, scale, mean, rstd), exact
+
+
+def activate_work(images: int, device: torch.device) -> tuple[Work, Work]:
+    """`fused.activate`, and the same in float64."""
+    from models import fused
+
+    hidden, bias = torch.randn(images, TOKENS, 4 * WIDTH, device=device).to(HALF), torch.zeros(4 * WIDTH, device=device)
+    return lambda: (fused.activate(hidden, bias),), lambda: (F.gelu(hidden.double(), approximate="tanh"),)
+
+
+def activate_backward_work(images: int, device: torch.device) -> tuple[Work, Work]:
+    """The kernel of GELU's gradient and its sum, and the same in float64."""
+    from models import fused
+
+    hidden, d_active = torch.randn(2, images, TOKENS, 4 * WIDTH, device=device).to(HALF)
+
+    @torch.enable_grad()
+    def exact() -> tuple[Tensor, ...]:
+        wide = hidden.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.gelu(wide, approximate="tanh"), wide, d_active.double())
+        return gradient, gradient.sum((0, 1))
+
+    return lambda: fused._activate_backward_op(d_active, hidden), exact
+
+
+WORKS = {
+    "JOIN": lambda images, device: join_work(images, device)[:2],
+    "JOIN_BACKWARD": join_backward_work,
+    "ACTIVATE": activate_work,
+    "ACTIVATE_BACKWARD": activate_backward_work,
+}
+
+
+def recorded(work: Callable[[], object]) -> Callable[[], None]:
+    """A CUDA graph of `work`, so that no launch waits for the host."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def milliseconds(work: Callable[[], None]) -> float:
+    """The median of many runs, the cache emptied before each."""
+    from triton.testing import do_bench
+
+    return do_bench(work, warmup=5, rep=25, return_mode="median")
+
+
+def in_a_row(work: Callable[[], object], times: int) -> float:
+    """Milliseconds of each of so many runs without a pause, after a fifth as many."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(times // 5):
+        work()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def in_turns(works: dict[str, Callable[[], float]]) -> dict[str, dict[str, object]]:
+    """By name, what TURNS calls of each returned, one after the other in turn: the median, and all."""
+    turns = [{name: work() for name, work in works.items()} for _ in range(TURNS)]
+    columns = {name: [turn[name] for turn in turns] for name in works}
+    return {name: {"ms": statistics.median(column), "turns": column} for name, column in columns.items()}
+
+
+def sweep(name: str, images: int, device: torch.device) -> Iterator[dict]:
+    """A row for each choice of a kernel's launch parameters."""
+    from models import fused
+
+    (work, exact), chosen = WORKS[name](images, device), dict(getattr(fused, name))
+    wanted = exact()
+    for values in itertools.product(*CHOICES[name].values()):
+        setting = dict(zip(CHOICES[name], values, strict=True))
+        with mock.patch.dict(getattr(fused, name), setting):
+            error = max(difference([given], [expected]) for given, expected in zip(work(), wanted, strict=True))
+            assert error <= TOLERANCE, f"{name} with {setting}: off by {error:.2g} of its size"
+            ms = milliseconds(recorded(work))
+        row = {"kernel": name, "images": images, **chosen, **setting}
+        row |= {"chosen": chosen | setting == chosen, "error": error, "ms": ms}
+        yield row | {"tb_s": BYTES[name] * images * TOKENS * WIDTH / ms / 1e9}
+
+
+@torch.no_grad()
+def gelu(images: int, device: torch.device) -> dict[str, object]:
+    """The MLP's first layer and GELU by two kernels and by one: errors and milliseconds."""
+    from models import fused
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(WIDTH, 4 * WIDTH, device=device).to(HALF), torch.randn(images, TOKENS, WIDTH, device=device)
+    x = x.to(HALF)
+    works = {
+        "within": lambda: fused.activated(layer, x),
+        "apart": lambda: fused.activate(fused.detached(layer, x), layer.bias),
+    }
+    some = slice(0, COMPARED)
+    exact = F.gelu(F.linear(x[some].double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
+    errors = {name: difference([work()[some]], [exact]) for name, work in works.items()}
+    assert max(errors.values()) <= TOLERANCE, errors
+    graphs = {name: recorded(work) for name, work in works.items()}
+    taken = in_turns({name: lambda graph=graph: in_a_row(graph, IN_A_ROW) for name, graph in graphs.items()})
+    return {"images": images, "in_a_row": IN_A_ROW} | {name: {"error": errors[name]} | taken[name] for name in works}
+
+
+@torch.no_grad()
+def network(device: torch.device) -> dict[str, object]:
+    """An evaluation of the compiled network either way: errors against float32, and milliseconds."""
+    from models import fused
+
+    torch.manual_seed(0)
+    made = SiT_models[MODEL](condition="none").to(device).eval()
+    randomize(made)
+    x = torch.randn(NETWORK_BATCH, *made.latent_shape, device=device)
+    c, some = torch.randn(NETWORK_BATCH, made.pos_embed.shape[-1], device=device), slice(0, COMPARED)
+    exact = made.velocity(x[some], c[some])
+    round_weights(made)
+    compile_blocks(made)
+    ways = {"within": contextlib.nullcontext(), "apart": mock.patch.object(fused, "fits_product", never)}
+
+    def evaluated(way: str) -> float:
+        with ways[way]:
+            return difference([made.velocity(x, c)[some]], [exact])
+
+    def timed(way: str) -> float:
+        with ways[way]:
+            return in_a_row(lambda: made.velocity(x, c), EVALUATIONS)
+
+    with torch.autocast(device.type, HALF), fast_attention(device):
+        errors = {way: evaluated(way) for way in ways}
+        assert max(errors.values()) <= 1.25 * min(errors.values()), errors
+        taken = in_turns({way: lambda way=way: timed(way) for way in ways})
+    return {"images": NETWORK_BATCH, "in_a_row": EVALUATIONS} | {
+        way: {"error": errors[way]} | taken[way] for way in ways
+    }
+
+
+def never(layer: nn.Linear, x: Tensor) -> bool:
+    """In the place of `fused.fits_product`."""
+    return False
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the kernels between a network's products.")
+    parser.add_argument("--network", action="store_true", help="also evaluations of SiT-XL/2, compiled either way")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not can_fuse(device):
+        raise ValueError("the kernels need a GPU since Ampere and Triton, and this machine lacks one or the other")
+    for result in measure(args, device):
+        made = provenance(argv)
+        made["versions"]["triton"] = triton_release()
+        write_json(args.out, made | result)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """All tables, printed and yielded as they grow; GELU comes first, because it decides most."""
+    result = {"gelu": [], "rows": []}
+    if args.network:
+        result["network"] = network(device)
+        show_ways("network", result["network"])
+        yield result
+    for images in GELU_IMAGES:
+        result["gelu"].append(gelu(images, device))
+        show_ways("layer", result["gelu"][-1])
+        yield result
+    for name in CHOICES:
+        for images in IMAGES[name]:
+            rows = list(sweep(name, images, device))
+            result["rows"] += rows
+            ranks = enumerate(sorted(rows, key=lambda row: row["ms"]))
+            best = [row for rank, row in ranks if rank < 3 or row["chosen"]]
+            show(best, {"kernel": "", "images": "", **dict.fromkeys(CHOICES[name], ""), "chosen": "", "ms": ".4f"})
+            yield result
+
+
+def show_ways(what: str, row: dict) -> None:
+    """Print a comparison of GELU apart and within."""
+    for way in ("within", "apart"):
+        print(f"{what}, {row['images']} images, GELU {way}: {row[way]['ms']:.4f} ms, off by {row[way]['error']:.2g}")
+
+
+if __name__ == "__main__":
+    main()
