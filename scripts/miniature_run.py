@@ -35,7 +35,9 @@ SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
 SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
 DRAWS = 5  # of random training images, for their standard deviation
-AUDITED = ("near_copies", "near_copies_held_out", "excess", "standard_error", "authenticity", "authenticity_held_out")
+AUDITED = ("threshold", "near_copies", "near_copies_held_out", "excess", "standard_error")
+AUDITED += (*(f"wide_{name}" for name in AUDITED), "authenticity", "authenticity_held_out")
+MEDIAN = "0.5"  # among the audit's quantiles
 
 
 class Scores:
@@ -247,7 +249,11 @@ class Run:
         words = ["--store", str(self.data.store), "--samples", str(samples), *self.data.metric, "--out", str(samples)]
         call(copies, words)
         spaces = read_json(samples / "copies.json")["spaces"]
-        return {space: {key: figures[key] for key in AUDITED} for space, figures in spaces.items()}
+        kept = {space: {key: figures[key] for key in AUDITED} for space, figures in spaces.items()}
+        for space, figures in spaces.items():  # beside which a threshold is small, or not
+            kept[space]["median"] = figures["quantiles"][MEDIAN]
+            kept[space]["median_held_out"] = figures["quantiles_held_out"][MEDIAN]
+        return kept
 
     def control(self, samples: Path) -> None:
         """Add what real images score to controls.json: random and held-out ones, and those nearest to the snippets."""

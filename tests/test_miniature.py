@@ -257,6 +257,18 @@ def test_scores_are_the_evaluators(places, monkeypatch, tmp_path):
         assert words[0] == str(references["held_out"])
 
 
+def test_the_audit_keeps_what_tells_whether_its_threshold_means_anything(places, monkeypatch, tmp_path):
+    kept_as_they_are = miniature_run.AUDITED
+    assert {"threshold", "excess", "authenticity", "wide_threshold", "wide_excess"} < set(kept_as_they_are)
+    figures = {name: place for place, name in enumerate(kept_as_they_are)}
+    quantiles = {f"quantiles{of}": {"0.25": 0, "0.5": median} for of, median in (("", 101), ("_held_out", 201))}
+    (tmp_path / "copies.json").write_text(json.dumps({"spaces": {"latent": figures | quantiles | {"exact": -1}}}))
+    monkeypatch.setattr(miniature_run, "call", lambda command, words: None)
+    made = prepared(places)
+    kept = miniature_run.Run(made.args, made.scores, "none", 10, 1e-3, None).audit(tmp_path)
+    assert kept == {"latent": figures | {"median": 101, "median_held_out": 201}}
+
+
 def test_pairs_of_label_and_snippet_come_from_one_image(places):
     made = prepared(places)
     one = miniature_run.Run(made.args, made.scores, "label+nearest-10", 8, 1e-3, 6)
