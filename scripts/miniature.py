@@ -2,12 +2,17 @@
 
     python -m scripts.miniature glyphs label nearest-10 own --search            # a run of seed 0 for each setting
     python -m scripts.miniature glyphs label nearest-10 own --seeds 0 1 2       # the best of them, and other seeds
+    python -m scripts.miniature glyphs label nearest-10 own --seeds 0 1 2 --again   # those without Heun's figures
 
 evaluations/miniature.md is the protocol. Everything is done by the project's own commands, called one after another in
 this process, and by the evaluator's functions, which read the references once; each log holds the commands' lines. What
 is finished is skipped, so that runs can be spread over many calls, and `--seconds` begins none that would not end in
 time. The same command may run several times at once, on one GPU or more (CUDA_VISIBLE_DEVICES): each takes what no
 other is at. miniature_data.py holds data sets and arms, miniature_run.py one run.
+
+Points are scored by Euler's method and, from 1,000 steps on, by Heun's too. Runs from before that stay as they are,
+until the command is given with `--again`: it moves their logs and weights to folders other/DATE/, and trains and scores
+them anew, or takes the search's run of the same settings where that has been repeated.
 
 Reads   ROOT/sources/ (glyphs are rendered, Fashion-MNIST is Debian's package), and LOGS/DATASET/metric.safetensors,
         the encoder that scores, so that figures of different days compare
@@ -45,6 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="SiT-S/4", help="preset of models/sit.py")
     add("--batch-size", type=int, default=256, help="of training")
     add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
+    add("--again", action="store_true", help="set runs aside that lack a sampler's figures, and do them anew")
     add("--seconds", type=float, default=math.inf, help="begin no run that would end later than this")
     add("--root", type=Path, default=Path("runs/miniature"), help="folder of everything large")
     add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")

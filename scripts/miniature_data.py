@@ -61,10 +61,14 @@ class Arm:
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # other ways to sample its last checkpoint
 
 
+SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
+BESIDE = {"heun-50": ("--sampler", "heun")}  # changes to it, whose figures stand beside its own in each point
+BESIDE_FROM = 1_000  # steps: before, an arm's distance is far above a sampler's error
+
 GUIDED = {f"guided-{scale}": ("--guide", "null", "--guidance-scale", str(scale)) for scale in (1.25, 1.5, 2.0)}
 SAMPLERS = {"euler-50": ()}  # as the curve: the others compare with it, if lost weights had to be trained again
 SAMPLERS |= {"sde-250": ("--sampler", "sde", "--steps", "250"), "euler-250": ("--steps", "250")}
-SAMPLERS |= {"heun-50": ("--sampler", "heun"), "fp32": ("--precision", "fp32")}
+SAMPLERS |= BESIDE | {"fp32": ("--precision", "fp32")}
 DRAWS = {"draw-random": ("--snippets", "random"), "snippets-held-out": ("--snippets", HELD_OUT)}
 
 ARMS = {

@@ -27,11 +27,24 @@ from memory.files import atomic, read_json, write_json
 from memory.processes import join
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
-from scripts.miniature_data import ALIGN, ARMS, ENCODER, HELD_OUT, METRIC, DataSet, afresh, call, claimed, line
+from scripts.miniature_data import (
+    ALIGN,
+    ARMS,
+    BESIDE,
+    BESIDE_FROM,
+    ENCODER,
+    HELD_OUT,
+    METRIC,
+    SAMPLER,
+    DataSet,
+    afresh,
+    call,
+    claimed,
+    line,
+)
 
 CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's own, losses jump at these learning rates
-SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
 SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
 DRAWS = 5  # of random training images, for their standard deviation
@@ -89,18 +102,21 @@ class Run:
         self.settings |= {"metric": METRIC, "warmup": WARMUP, "beta2": BETA2}
         self.points = [*(step for step in CURVE if step < args.steps), args.steps]
         self.log = self.earlier()
-        if self.log.get("settings") != self.settings:
-            self.log = {"format": 1, "dataset": self.data.name, "arm": arm, "seed": seed, "settings": self.settings}
-            self.log |= {"steps": 0, "parameters": 0, "images_per_second": 0}
-            self.log |= {"commands": {}, "curve": [], "variants": {}}
 
     def earlier(self) -> dict:
-        """The log of an earlier start, or of the same run in the search; empty if it is of a training that is lost."""
+        """The log of an earlier start, or of the same run in the search; a new one if it is of a training that is lost,
+        or of one that `--again` repeats."""
         if not self.path.is_file():
             self.adopt()
         log = read_json(self.path) if self.path.is_file() else {}
+        self.repeated = self.args.again and incomplete(log)
         cut_off = log.get("steps", 0) < self.args.steps and not self.folder.is_dir()  # a curve is of one training
-        return {} if cut_off and "diverged" not in log else log
+        lost = cut_off and "diverged" not in log
+        if log.get("settings") == self.settings and not lost and not self.repeated:
+            return log
+        log = {"format": 1, "dataset": self.data.name, "arm": self.arm, "seed": self.seed, "settings": self.settings}
+        log |= {"steps": 0, "parameters": 0, "images_per_second": 0}
+        return log | {"commands": {}, "curve": [], "variants": {}}
 
     def adopt(self) -> None:
         """Take a run of the search, log and weights, for one of the same seed and settings, which would repeat it."""
@@ -108,7 +124,8 @@ class Run:
         for searched in sorted((self.data.logs / "search").glob("*.json")):
             log = read_json(searched)
             same = (log["arm"], log["seed"], log["settings"], log["steps"]) == wanted
-            if same and "copies" in log and not self.args.search:
+            asked = not self.args.search and not (self.args.again and incomplete(log))
+            if same and asked and "copies" in log:
                 write_json(self.path, log)
                 weights = self.data.root / "runs" / self.data.name / "search" / searched.stem
                 if weights.is_dir() and not self.folder.exists():
@@ -135,13 +152,17 @@ class Run:
 
     def go(self) -> None:
         """Do what is left: train, score each point, audit the last, sample it in other ways, clean up."""
+        if self.repeated:
+            self.set_aside()
+            self.log = self.earlier()
+            if self.ended():  # in the search
+                return
         began, last = time.perf_counter(), self.samples / str(self.args.steps)
-        made = provenance()
-        if self.steps_left():  # else what is left is made here, the curve was not
+        made, points = provenance(), self.steps_left()
+        if points:  # else what is left is made here, the curve was not
             self.log["commands"]["train"], self.log["made"] = line(train, self.training()), made
         try:
-            for step in self.steps_left():
-                self.add_point(step)
+            scored = {step: self.add_point(step) for step in points}
             weights = self.trained(self.args.steps)
         except FloatingPointError as error:
             if not self.args.search:
@@ -155,12 +176,36 @@ class Run:
             self.write(copies=self.audit(last))
             self.control(last)
         for way, changes in self.variants_left().items():
-            command = self.sample(weights, self.samples / way, self.filled(changes))
-            self.log["variants"][way] = {**self.scores(self.samples / way), "command": command, "made": made}
+            point = scored.get(self.args.steps, {})
+            if way in point:  # these very weights were sampled so
+                figures, command = point[way], self.log["commands"][f"sample-{way}"]
+            else:
+                command = self.sample(weights, self.samples / way, self.filled(changes))
+                figures = self.scores(self.samples / way)
+            self.log["variants"][way] = {**figures, "command": command, "made": made}
             self.write()
         self.clean(weights)
         speed = f"{self.log['images_per_second']:,.0f} images/s, {time.perf_counter() - began:.0f} s in all"
         print(f"{self.name}: {in_words(self.log['curve'][-1]['held_out'])}; {speed}", flush=True)
+
+    def set_aside(self) -> None:
+        """Move weights, picture and log to folders `other/DATE/`, of the day when the log was made.
+
+        Raises:
+            ValueError: one of that day is there already.
+        """
+        day = Path("other", read_json(self.path)["made"]["date"].partition("T")[0])
+        picture, logs = self.path.with_suffix(".png"), self.data.logs
+        places = {self.folder: self.data.root / "runs" / self.data.name, picture: logs, self.path: logs}
+        moves = {old: base / day / old.relative_to(base) for old, base in places.items() if old.exists()}
+        for new in moves.values():
+            if new.exists():
+                raise ValueError(f"--again: an earlier {self.name} is in {new} already; move that away")
+        for old, new in moves.items():  # the log last: until then this start can be repeated
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(new)
+            print(f"{old}: now {new}", flush=True)
+        shutil.rmtree(self.samples, ignore_errors=True)
 
     def training(self) -> list[str]:
         """What train.py is told."""
@@ -193,15 +238,23 @@ class Run:
                 call(train, self.training())
         return path
 
-    def add_point(self, step: int) -> None:
+    def add_point(self, step: int) -> dict:
         """A point of the curve, and what it tells of the whole run."""
-        weights, samples = self.trained(step), self.samples / str(step)
-        self.log["commands"]["sample"] = self.sample(weights, samples)
-        self.log["commands"]["evaluate"] = line(evaluator, self.scores.words(samples))
-        point = self.losses(step) | self.scores(samples)
+        weights = self.trained(step)
+        point = self.losses(step) | self.scored(weights, str(step))
+        for way, changes in beside(step).items():
+            point[way] = self.scored(weights, str(step), f"-{way}", changes)
         curve = sorted([*self.log["curve"], point], key=lambda point: point["step"])
         parameters = sum(tensor.numel() for tensor in read_checkpoint(weights)["ema"].values())  # fixed positions too
         self.write(steps=step, parameters=parameters, images_per_second=rate_of(self.folder), curve=curve)
+        return point
+
+    def scored(self, weights: Path, name: str, way: str = "", changes: Sequence[str] = ()) -> dict[str, dict]:
+        """Figures of a point's samples, by the sampler of the curves or with changes; the commands' lines are kept."""
+        samples, commands = self.samples / f"{name}{way}", self.log["commands"]
+        commands[f"sample{way}"] = self.sample(weights, samples, changes)
+        commands[f"evaluate{way}"] = line(evaluator, self.scores.words(samples))
+        return self.scores(samples)
 
     def losses(self, step: int) -> dict:
         """A curve's point as far as training knows it."""
@@ -286,6 +339,16 @@ class Run:
         shutil.rmtree(self.samples, ignore_errors=True)
         for file in {*self.folder.glob("checkpoints/*.pt")} - {last}:
             file.unlink()
+
+
+def beside(step: int) -> dict[str, tuple[str, ...]]:
+    """Ways in which a point is sampled besides that of the curves."""
+    return BESIDE if step >= BESIDE_FROM else {}
+
+
+def incomplete(log: dict) -> bool:
+    """Whether a point of a log lacks a way in which points are sampled today."""
+    return any(way not in point for point in log.get("curve", ()) for way in beside(point["step"]))
 
 
 def searched_name(arm: str, lr: float, scale: float | None) -> str:

@@ -17,9 +17,10 @@ from evaluations import evaluator
 from memory.bank import MemoryBank
 from models.encoder import load_encoder
 from scripts import encode_dataset, make_assets, miniature, miniature_data, miniature_run
-from scripts.miniature_data import ARMS, DATA, DRAWS, ENCODER, METRIC, SAMPLERS
+from scripts.miniature_data import ARMS, BESIDE, DATA, DRAWS, ENCODER, METRIC, SAMPLERS
 
-WAYS = {"euler-50": SAMPLERS["euler-50"], "snippets-held-out": DRAWS["snippets-held-out"]}
+HEUN = {"heun-50": (*BESIDE["heun-50"], "--seed", "77")}  # after two steps of training, both methods sample the same
+WAYS = {"euler-50": SAMPLERS["euler-50"], "snippets-held-out": DRAWS["snippets-held-out"]} | HEUN
 TOY = ["--model", "SiT-S/8", "--batch-size", "8", "--steps", "2", "--num-images", "16"]
 
 
@@ -35,6 +36,8 @@ def places(root, tmp_path_factory):
     save_file(weights, base / "logs" / "fashion" / "metric.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(miniature_run, "SAMPLER", ("--sampler", "euler", "--steps", "2"))
+        patch.setattr(miniature_run, "BESIDE_FROM", 2)
+        patch.setattr(miniature_run, "BESIDE", HEUN)
         yield base
 
 
@@ -87,9 +90,18 @@ def test_search_then_runs(places, monkeypatch, capsys):
     for point in found["curve"]:
         assert point["images"] == 8 * point["step"]
         assert point.keys() >= {"seconds", "train_loss", "holdout_loss"}
-        for reference in ("held_out", "training"):
-            assert point[reference].keys() == {"fd", "precision", "recall", "kd"}
+        for figures in (point, *([point["heun-50"]] if point["step"] == 2 else [])):
+            for reference in ("held_out", "training"):
+                assert figures[reference].keys() == {"fd", "precision", "recall", "kd"}
+    assert "heun-50" not in found["curve"][0]
+    assert found["curve"][1]["heun-50"]["held_out"] != found["curve"][1]["held_out"]
     assert found["variants"].keys() == WAYS.keys()
+    by_heun = found["variants"]["heun-50"]
+    assert {key: by_heun[key] for key in ("held_out", "training")} == found["curve"][1]["heun-50"]
+    assert by_heun["command"] == found["commands"]["sample-heun-50"]
+    usual = found["commands"]["sample"].replace("/nearest-10-3/2 ", "/nearest-10-3/2-heun-50 ")
+    assert found["commands"]["sample-heun-50"] == f"{usual} --sampler heun --seed 77"
+    assert printed.count("$ python sample_ddp.py") == 5  # steps 1, 2 and 2 by Heun, which is not made twice; two ways
     usual = found["commands"]["sample"].replace("/nearest-10-3/2 ", "/nearest-10-3/euler-50 ")
     assert found["variants"]["euler-50"]["command"] == usual
     assert found["copies"].keys() == {"latent", METRIC}
@@ -97,6 +109,8 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert re.search(
         r"evaluations.evaluator \S*fashion-holdout \S*/nearest-10-3/2/samples.npz", found["commands"]["evaluate"]
     )
+    assert "/nearest-10-3/2-heun-50/samples.npz" in found["commands"]["evaluate-heun-50"]
+    assert not (places / "root" / "samples" / "fashion" / "nearest-10-3").exists()
     assert found["settings"]["k"] == 15  # 10% of 154 images
     rows = log(places, "controls")["rows"]
     assert "held_out" not in rows["held-out images"]
@@ -113,6 +127,9 @@ def test_search_then_runs(places, monkeypatch, capsys):
     again = log(places, "nearest-10-3")
     assert (again["made"], again["curve"]) == ({"date": "earlier"}, found["curve"])
     assert all(way["made"]["versions"] == found["made"]["versions"] for way in again["variants"].values())
+    by_heun = again["variants"]["heun-50"]  # of these weights, which on a CPU are the same again
+    assert "/nearest-10-3/heun-50 " in by_heun["command"]
+    assert {key: by_heun[key] for key in ("held_out", "training")} == found["curve"][1]["heun-50"]
     cut_off = found | {"steps": 1, "curve": [found["curve"][0] | {"seconds": -1}]}
     (places / "logs" / "fashion" / "nearest-10-3.json").write_text(json.dumps(cut_off))
     shutil.rmtree(places / "root" / "runs" / "fashion" / "nearest-10-3")
@@ -123,6 +140,79 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert again["variants"] == {}  # not asked for this time
     run(places, "nearest-10", "--seeds", "4", "--seconds", "0")
     assert "nearest-10-4: not begun" in capsys.readouterr().out
+
+
+def without_heun(places, name):
+    """Make a log what it was before points were sampled by Heun's method too; returns it."""
+    found = log(places, name)
+    found["curve"] = [{key: value for key, value in point.items() if key not in BESIDE} for point in found["curve"]]
+    (places / "logs" / "fashion" / f"{name}.json").write_text(json.dumps(found))
+    return found
+
+
+def test_a_run_without_heuns_figures_is_repeated_only_when_asked(places, monkeypatch, capsys):
+    def cut(words):
+        raise KeyboardInterrupt
+
+    given, train = ("none", "--lr", "1e-3", "--seeds", "9"), miniature_run.train.main
+    logs, runs = places / "logs" / "fashion", places / "root" / "runs" / "fashion"
+    run(places, *given)
+    old = without_heun(places, "none-9")
+    capsys.readouterr()
+    run(places, *given)
+    assert "$" not in capsys.readouterr().out
+    run(places, *given, "--again", "--seconds", "0")
+    assert "none-9: not begun" in capsys.readouterr().out
+    assert log(places, "none-9") == old
+
+    monkeypatch.setattr(miniature_run.train, "main", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(places, *given, "--again")
+    aside = f"other/{old['made']['date'][:10]}/none-9"
+    assert (log(places, aside), (logs / "none-9.json").exists()) == (old, False)
+    assert (logs / f"{aside}.png").is_file()
+    assert (runs / aside / "checkpoints" / "0000002-ema.pt").is_file()
+    monkeypatch.setattr(miniature_run.train, "main", train)
+    run(places, *given, "--again")  # goes on
+    new = log(places, "none-9")
+    assert new["curve"][0]["heun-50"]["held_out"]["fd"] > 0
+    assert new["made"] != old["made"]
+    assert log(places, aside) == old
+    capsys.readouterr()
+    run(places, *given, "--again")
+    assert "$" not in capsys.readouterr().out
+
+    again = without_heun(places, "none-9")
+    with pytest.raises(ValueError, match=rf"--again: an earlier none-9 is in \S*{aside} already; move that away"):
+        run(places, *given, "--again")
+    assert log(places, "none-9") == again
+    assert (runs / "none-9" / "checkpoints" / "0000002-ema.pt").is_file()
+
+
+def test_what_is_repeated_comes_from_the_search_if_that_was_repeated(places, capsys):
+    given = ("none", "--lr", "3e-3")
+    searched, trained = "search/none-lr0.003-scale0", lambda: capsys.readouterr().out.count("$ python train.py")
+    run(places, *given, "--search")
+    whole, old = log(places, searched), without_heun(places, searched)
+    capsys.readouterr()
+    run(places, *given)
+    assert (trained(), log(places, "none-0")) == (0, old)
+    (places / "logs" / "fashion" / f"{searched}.json").write_text(json.dumps(whole))
+    run(places, *given, "--again")
+    assert (trained(), log(places, "none-0")) == (0, whole)
+    aside = f"other/{old['made']['date'][:10]}"
+    assert log(places, f"{aside}/none-0") == old
+
+    for part in ("logs", "root/runs"):
+        shutil.rmtree(places / part / "fashion" / "other")
+    assert [without_heun(places, name) for name in (searched, "none-0")] == [old, old]
+    run(places, *given, "--again")
+    assert trained() == 1  # for the search lacks them, too
+    assert "heun-50" in log(places, "none-0")["curve"][0]
+    run(places, *given, "--search", "--again")
+    assert trained() == 1
+    assert "heun-50" in log(places, searched)["curve"][0]
+    assert log(places, f"{aside}/{searched}") == old
 
 
 def test_what_another_process_is_at_is_left_to_it(places, capsys):
