@@ -6,7 +6,9 @@ At the shapes of SiT-XL/2 and in bf16, random data. Each kernel runs as a CUDA g
 every choice in its sweep, compared with float64 before it is timed: `ms` is the median, the GPU's cache emptied before
 each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what models/fused.py has now.
 The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
-a GPU's clock falls under a steady load; so are evaluations of the compiled network with --network.
+a GPU's clock falls under a steady load; so are evaluations of the compiled network with --network, and the products
+that give weights their gradients: as PyTorch forms them, transposed, and with float32 coming out instead of bf16 that
+another kernel widens.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import contextlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -47,6 +50,14 @@ CHOICES = {  # launch parameters that are tried, by the name of those of models/
 }
 IMAGES = {"JOIN": [256, 128, 16], "JOIN_BACKWARD": [128, 32], "ACTIVATE": [256, 16], "ACTIVATE_BACKWARD": [128, 32]}
 GELU_IMAGES = [256, 64, 16]
+LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # numbers in and out, in widths
+GRADIENT_IMAGES = [128, 32]
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a weight's gradient (out, in) from d_out and x, rows
+    "as it is": lambda d_out, x: (d_out.t() @ x).float(),
+    "transposed": lambda d_out, x: (x.t() @ d_out).t().float().contiguous(),
+    "float32 out": lambda d_out, x: torch.mm(d_out.t(), x, out_dtype=torch.float32),
+    "transposed, float32 out": lambda d_out, x: torch.mm(x.t(), d_out, out_dtype=torch.float32).t().contiguous(),
+}
 BYTES = {"JOIN": 12, "JOIN_BACKWARD": 18, "ACTIVATE": 16, "ACTIVATE_BACKWARD": 24}  # for each of B·T·D numbers
 Work = Callable[[], tuple[Tensor, ...]]
 
@@ -187,7 +198,7 @@ def gelu(images: int, device: torch.device) -> dict[str, object]:
     errors = {name: difference([work()[some]], [exact]) for name, work in works.items()}
     assert max(errors.values()) <= TOLERANCE, errors
     graphs = {name: recorded(work) for name, work in works.items()}
-    taken = in_turns({name: lambda graph=graph: in_a_row(graph, IN_A_ROW) for name, graph in graphs.items()})
+    taken = in_turns({name: partial(in_a_row, graph, IN_A_ROW) for name, graph in graphs.items()})
     return {"images": images, "in_a_row": IN_A_ROW} | {name: {"error": errors[name]} | taken[name] for name in works}
 
 
@@ -223,13 +234,28 @@ def network(device: torch.device) -> dict[str, object]:
     }
 
 
+@torch.no_grad()
+def weight_gradients(images: int, device: torch.device) -> Iterator[dict]:
+    """A row for each layer of a block: errors and milliseconds of its weight's gradient, formed in several ways."""
+    torch.manual_seed(0)
+    for layer, (width_in, width_out) in LAYERS.items():
+        x, d_out = (torch.randn(images * TOKENS, width * WIDTH, device=device) for width in (width_in, width_out))
+        x, d_out = x.to(HALF), d_out.to(HALF)
+        exact, row = d_out.double().t() @ x.double(), {"layer": layer, "images": images, "in_a_row": IN_A_ROW}
+        errors = {way: difference([form(d_out, x)], [exact]) for way, form in FORMS.items()}
+        assert max(errors.values()) <= TOLERANCE, (layer, errors)
+        graphs = {way: recorded(partial(form, d_out, x)) for way, form in FORMS.items()}
+        taken = in_turns({way: partial(in_a_row, graph, IN_A_ROW) for way, graph in graphs.items()})
+        yield row | {way: {"error": errors[way]} | taken[way] for way in FORMS}
+
+
 def never(layer: nn.Linear, x: Tensor) -> bool:
     """In the place of `fused.fits_product`."""
     return False
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the kernels between a network's products.")
+    parser = argparse.ArgumentParser(description="Time the kernels between a network's products, and some products.")
     parser.add_argument("--network", action="store_true", help="also evaluations of SiT-XL/2, compiled either way")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     return parser.parse_args(argv)
@@ -248,15 +274,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """All tables, printed and yielded as they grow; GELU comes first, because it decides most."""
-    result = {"gelu": [], "rows": []}
+    result = {"gelu": [], "weight_gradients": [], "rows": []}
     if args.network:
         result["network"] = network(device)
-        show_ways("network", result["network"])
+        show_ways("network, GELU", result["network"])
         yield result
     for images in GELU_IMAGES:
         result["gelu"].append(gelu(images, device))
-        show_ways("layer", result["gelu"][-1])
+        show_ways("layer, GELU", result["gelu"][-1])
         yield result
+    for images in GRADIENT_IMAGES:
+        for row in weight_gradients(images, device):
+            result["weight_gradients"].append(row)
+            show_ways(f"gradient of {row['layer']}'s weight,", row)
+            yield result
     for name in CHOICES:
         for images in IMAGES[name]:
             rows = list(sweep(name, images, device))
@@ -268,9 +299,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
 
 
 def show_ways(what: str, row: dict) -> None:
-    """Print a comparison of GELU apart and within."""
-    for way in ("within", "apart"):
-        print(f"{what}, {row['images']} images, GELU {way}: {row[way]['ms']:.4f} ms, off by {row[way]['error']:.2g}")
+    """Print a comparison of several ways to do the same."""
+    for way, found in row.items():
+        if isinstance(found, dict):
+            print(f"{row['images']} images, {what} {way}: {found['ms']:.4f} ms, off by {found['error']:.2g}")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ def check_benchmark():
     choices = {"JOIN": {"num_warps": [2]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
     patched = {"TOKENS": 12, "WIDTH": 24, "HALF": torch.float16, "MODEL": "small", "NETWORK_BATCH": 2, "TURNS": 1}
     patched |= {"CHOICES": choices, "IMAGES": {name: [2] for name in choices}, "GELU_IMAGES": [2]}
+    plain = {way: form for way, form in bench.FORMS.items() if "out" not in way}  # what comes out is a GPU's choice
+    patched |= {"GRADIENT_IMAGES": [2], "FORMS": plain}
     patched |= {"can_fuse": lambda device: True, "compile_blocks": eagerly, "recorded": lambda work: work}
     patched |= {"milliseconds": lambda work: 2.0, "in_a_row": lambda work, times: float(work().isfinite().all())}
     with (
@@ -338,6 +340,10 @@ def check_benchmark():
     rows = [(row["kernel"], row["chosen"]) for row in result["rows"]]
     backward = [("JOIN_BACKWARD", False), ("JOIN_BACKWARD", True)]
     assert rows == [("JOIN", True), *backward, ("ACTIVATE_BACKWARD", True)]
+    assert [row["layer"] for row in result["weight_gradients"]] == ["qkv", "proj", "fc1", "fc2"]
+    for row in result["weight_gradients"]:
+        assert {*row} == {"layer", "images", "in_a_row", "as it is", "transposed"}
+        assert all(row[way]["ms"] == 1 and row[way]["error"] < 0.001 for way in plain)
     for row in (*result["gelu"], result["network"]):
         for way in ("within", "apart"):
             assert row[way]["ms"] == 1
