@@ -240,6 +240,22 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
         assert halves[arm][0]["to training images"] in chapter
 
 
+def test_the_report_quotes_what_exact_velocities_score(root):
+    report = (root / "evaluations" / "miniature.md").read_text()
+    passage = report[report.index("- **The sampler.**") :].partition("\n- ")[0].replace("\n ", "")
+    for name in ("glyphs", "fashion"):
+        rows = json.loads((root / "benchmarks" / "miniature" / name / "exact.json").read_text())["rows"]
+        assert [*rows] == [
+            "exact velocity of the label, euler 50",
+            "exact velocity of the label, heun 50",
+            "random training images of the drawn labels",
+        ]
+        euler, heun, drawn = (f"{row['held_out']['fd']:.3f}" for row in rows.values())
+        quoted = f"on glyphs and Heun's {heun}, random training images of the drawn labels {drawn}"
+        assert (quoted if name == "glyphs" else f"on fashion {euler}, {heun} and {drawn}") in passage
+        assert f"score {euler}" in passage or name == "fashion"
+
+
 CONDITIONS = {  # of the README's table
     "none": "none",
     "class label": "label",
