@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="SiT-S/4", help="preset of models/sit.py")
     add("--batch-size", type=int, default=256, help="of training")
     add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
-    add("--again", action="store_true", help="set runs aside that lack a sampler's figures, and do them anew")
+    add("--again", action="store_true", help="set runs aside that lack figures or have other settings; do them anew")
     add("--seconds", type=float, default=math.inf, help="begin no run that would end later than this")
     add("--root", type=Path, default=Path("runs/miniature"), help="folder of everything large")
     add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")

@@ -27,6 +27,7 @@ from memory.files import atomic, read_json, write_json
 from memory.processes import join
 from memory.provenance import provenance
 from models.checkpoint import read_checkpoint
+from scripts.arms import differing
 from scripts.miniature_data import (
     ALIGN,
     ARMS,
@@ -105,18 +106,24 @@ class Run:
 
     def earlier(self) -> dict:
         """The log of an earlier start, or of the same run in the search; a new one if it is of a training that is lost,
-        or of one that `--again` repeats."""
+        or of one that `--again` repeats.
+
+        Raises:
+            ValueError: it has other settings, and is not to be repeated.
+        """
         if not self.path.is_file():
             self.adopt()
         log = read_json(self.path) if self.path.is_file() else {}
-        self.repeated = self.args.again and incomplete(log)
+        new = {"format": 1, "dataset": self.data.name, "arm": self.arm, "seed": self.seed, "settings": self.settings}
+        new |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
+        changed = bool(log) and log["settings"] != self.settings
+        if changed and not self.args.again:
+            remedy = "--again moves it to other/ and does the run anew"
+            raise ValueError(f"{self.path} has other settings, {differing(log, new)}; {remedy}")
+        self.repeated = self.args.again and (changed or incomplete(log))
         cut_off = log.get("steps", 0) < self.args.steps and not self.folder.is_dir()  # a curve is of one training
         lost = cut_off and "diverged" not in log
-        if log.get("settings") == self.settings and not lost and not self.repeated:
-            return log
-        log = {"format": 1, "dataset": self.data.name, "arm": self.arm, "seed": self.seed, "settings": self.settings}
-        log |= {"steps": 0, "parameters": 0, "images_per_second": 0}
-        return log | {"commands": {}, "curve": [], "variants": {}}
+        return new if not log or lost or self.repeated else log
 
     def adopt(self) -> None:
         """Take a run of the search, log and weights, for one of the same seed and settings, which would repeat it."""

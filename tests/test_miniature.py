@@ -152,6 +152,7 @@ def without_heun(places, name):
 
 def test_a_run_without_heuns_figures_is_repeated_only_when_asked(places, monkeypatch, capsys):
     def cut(words):
+        (runs / "none-9").mkdir()
         raise KeyboardInterrupt
 
     given, train = ("none", "--lr", "1e-3", "--seeds", "9"), miniature_run.train.main
@@ -187,6 +188,17 @@ def test_a_run_without_heuns_figures_is_repeated_only_when_asked(places, monkeyp
         run(places, *given, "--again")
     assert log(places, "none-9") == again
     assert (runs / "none-9" / "checkpoints" / "0000002-ema.pt").is_file()
+
+
+def test_a_run_with_other_settings_is_not_overwritten(places):
+    run(places, "none", "--lr", "1e-3", "--seeds", "11")
+    old = log(places, "none-11")
+    with pytest.raises(ValueError, match=r"none-11\.json has other settings, lr: 0\.001 and 0\.002; --again moves it"):
+        run(places, "none", "--lr", "2e-3", "--seeds", "11")
+    assert log(places, "none-11") == old
+    run(places, "none", "--lr", "2e-3", "--seeds", "11", "--again")
+    assert log(places, "none-11")["settings"]["lr"] == 2e-3
+    assert log(places, f"other/{old['made']['date'][:10]}/none-11") == old
 
 
 def test_what_is_repeated_comes_from_the_search_if_that_was_repeated(places, capsys):
