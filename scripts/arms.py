@@ -121,8 +121,16 @@ def read_run(path: Path) -> dict:
     return run
 
 
-def read_arms(folder: Path) -> dict[str, Arm]:
-    """The arms in a folder, primary ones first; of each the runs that have come furthest.
+def sampled_by(run: dict, way: str) -> dict:
+    """A run with the figures that its points have for another way to sample, in the place of the curve's own; without
+    points that have none, and without what was measured of the curve's own samples."""
+    curve = [point | point[way] for point in run["curve"] if way in point]
+    return run | {"curve": curve, "variants": {}, "copies": {}}
+
+
+def read_arms(folder: Path, way: str | None = None) -> dict[str, Arm]:
+    """The arms in a folder, primary ones first; of each the runs that have come furthest. With `way` their points are
+    those that were also sampled so.
 
     Raises:
         ValueError: no run is there; or runs of one arm differ in data set or settings, or share a seed.
@@ -131,9 +139,12 @@ def read_arms(folder: Path) -> dict[str, Arm]:
     for path in sorted(folder.glob("*.json")):
         if "arm" in read_json(path):
             run = read_run(path)
-            runs.setdefault(run["arm"], {}).setdefault(run["seed"], []).append((path, run))
+            run = sampled_by(run, way) if way else run
+            if run["curve"]:
+                runs.setdefault(run["arm"], {}).setdefault(run["seed"], []).append((path, run))
     if not runs:
-        raise ValueError(f"{folder}: no runs in it; python -m scripts.miniature writes such JSON files")
+        lacking = f"with points by {way} (--by)" if way else "in it"
+        raise ValueError(f"{folder}: no runs {lacking}; python -m scripts.miniature writes such JSON files")
     arms, order = {}, (*PRIMARY, *OTHERS)
     for name in sorted(runs, key=lambda name: (order.index(name) if name in order else len(order), name)):
         found = [pair for _, pairs in sorted(runs[name].items()) for pair in pairs]

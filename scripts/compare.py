@@ -2,6 +2,7 @@
 
     python -m scripts.compare benchmarks/miniature/glyphs
     python -m scripts.compare benchmarks/miniature/glyphs*                      # and how the gain grows with diversity
+    python -m scripts.compare benchmarks/miniature/glyphs --by heun-50          # of the points that are scored by it
     python -m scripts.compare benchmarks/miniature/glyphs --check my-run.json
 
 Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), FOLDER/controls.json and
@@ -13,6 +14,7 @@ Writes  FOLDER/curve.png   distance to held-out images over steps and over secon
                            the bank, search, ways to sample, real images, copies
         FOLDER/samples.png the primary arms' first samples of one seed, if their previews (ARM-SEED.png) are there
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
+        with --by WAY, curve-WAY.png, table-WAY.md and so on, without ways to sample and copies
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the
 mean final FD of the baseline; "not reached" if it does not. The ratio is the baseline's own steps to it divided by them
@@ -61,6 +63,7 @@ from scripts.arms import (
     reach,
     read_arms,
     read_run,
+    sampled_by,
     score,
     scored,
     spread,
@@ -79,17 +82,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("folders", metavar="FOLDER", type=Path, nargs="+", help="folder with the runs of one data set")
+    add("--by", metavar="WAY", help="take the figures that points have of another way to sample, as heun-50")
     add("--check", metavar="RUN.json", type=Path, nargs="+", default=[], help="runs to compare with the folder's seeds")
     args = parser.parse_args(argv)
-    if args.check and len(args.folders) > 1:
-        parser.error("--check compares with the seeds of one FOLDER")
+    if args.check and (len(args.folders) > 1 or args.by):
+        parser.error("--check compares with the seeds of one FOLDER, by the curves' own sampler")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw and print; or check, and leave with status 1 if a run is outside."""
     args = parse(argv)
-    sets = {folder: read_arms(folder) for folder in args.folders}
+    sets, ending = {folder: read_arms(folder, args.by) for folder in args.folders}, f"-{args.by}" if args.by else ""
     if args.check:
         inside = [check(read_run(path), path, sets[args.folders[0]]) for path in args.check]
         sys.exit(not all(inside))
@@ -99,9 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = read_json(controls)["rows"] if controls.is_file() else {}
         floor = dig(rows, (FLOOR, "held_out", "fd"))
         tried = [read_json(path) for path in sorted((folder / "search").glob("*.json"))]
-        write("\n\n".join(page(arms, rows, tried)), folder / "table.md")
-        save(draw(arms, floor), folder / "curve.png")
-        if pictures := draw_samples(folder, arms):
+        tried = [run for run in (sampled_by(run, args.by) for run in tried) if run["curve"]] if args.by else tried
+        write("\n\n".join(page(arms, rows, tried, args.by)), folder / f"table{ending}.md")
+        save(draw(arms, floor), folder / f"curve{ending}.png")
+        if not args.by and (pictures := draw_samples(folder, arms)):
             save(pictures, folder / "samples.png")
         if (name := dataset(arms)) in CHARACTERS:
             grown[CHARACTERS[name]] = (arms, floor)
@@ -110,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     step = common_step(arms[name] for arms, _ in grown.values() for name in DIVERSE if name in arms)
     if len(grown) > 1 and step:
         cut = {n: ({name: arm.until(step) for name, arm in grown[n][0].items()}, grown[n][1]) for n in sorted(grown)}
-        write("\n\n".join(diversity(cut, step)), args.folders[0].parent / "diversity.md")
-        save(draw_diversity(cut, step), args.folders[0].parent / "diversity.png")
+        write("\n\n".join(diversity(cut, step)), args.folders[0].parent / f"diversity{ending}.md")
+        save(draw_diversity(cut, step), args.folders[0].parent / f"diversity{ending}.png")
 
 
 def write(text: str, path: Path) -> None:
@@ -133,9 +138,11 @@ def number(value: float, form: str = ".3g") -> str:
     return "" if np.isnan(value) else format(value, form)
 
 
-def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict]) -> Iterable[str]:
-    """Markdown: the claim, what is missing, and the tables; from the arms, the rows of real images, and the search."""
-    yield f"# {dataset(arms)}: FD to held-out images, the mean of the seeds"
+def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict], way: str | None = None) -> Iterable[str]:
+    """Markdown: the claim, what is missing, and the tables; from the arms, the rows of real images, and the search. The
+    points are those of another `way` to sample, if one is given."""
+    by = f", sampled by {way}" if way else ""
+    yield f"# {dataset(arms)}: FD to held-out images{by}, the mean of the seeds"
     checks, baselines = sanity(arms, rows), [flattening(arms[name]) for name in BASELINES if name in arms]
     yield claim(arms, checks, baselines)
     if lacking := missing(arms):

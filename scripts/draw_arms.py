@@ -1,4 +1,4 @@
-"""Figures of the miniature: distance over steps and seconds, over the size of the bank, and over diversity."""
+"""Figures of the miniature: distance over steps and seconds, over the size of the bank and over diversity; samples."""
 
 from itertools import cycle, product
 from pathlib import Path
@@ -72,11 +72,11 @@ def draw_samples(folder: Path, arms: dict[str, Arm]) -> Figure | None:
 
 def draw_curves(panel: Axes, arms: dict[str, Arm], floor: float, speed: dict[bool, float] | None = None) -> None:
     """Mean and range of each arm's seeds, its name at the line's end; over seconds, if `speed` is given."""
-    ends, further = [], product(MARKERS, FURTHER)
+    ends, further = [], cycle(product(MARKERS, FURTHER))
     usual = mode(len(arm.runs) for arm in arms.values())
     for arm in arms.values():
         places = arm.seconds(speed[arm.aligned]) if speed else np.array(arm.steps)
-        colour, marker = (COLOURS[arm.name], MARKERS[0]) if arm.name in COLOURS else next(further)[::-1]
+        marker, colour = (MARKERS[0], COLOURS[arm.name]) if arm.name in COLOURS else next(further)
         count = len(arm.runs)
         panel.plot(places, arm.distances.mean(1), style(arm.name), color=colour, marker=marker, markersize=3)
         panel.fill_between(places, arm.distances.min(1), arm.distances.max(1), color=colour, alpha=0.2, linewidth=0)

@@ -123,7 +123,7 @@ def alike(values: list[float]) -> bool:
 
 def lowest(arms: dict[str, Arm], rows: dict[str, dict]) -> Finding:
     """Whether random training images have the lowest distance of all rows; a row of other real images may lie lower by
-    two standard deviations of the difference of two draws, as one in forty does."""
+    two standard deviations of the difference of two independent draws."""
     what = f"{FLOOR} have the lowest FD"
     found = {name: dig(row, ("held_out", "fd")) for name, row in rows.items() if "held_out" in row}
     if FLOOR not in found:

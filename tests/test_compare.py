@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import t as student
-from test_arms import FLAT, SETTINGS, audit, controls, power_law, write
+from test_arms import FLAT, SETTINGS, audit, controls, faster, power_law, write
 
 from scripts import compare
 from scripts.arms import FLOOR, PRIMARY, SHARES, Arm, missing, reach, read_arms, read_run, targets
@@ -256,6 +256,34 @@ def test_the_report_quotes_what_exact_velocities_score(root):
         assert f"score {euler}" in passage or name == "fashion"
 
 
+WAYS_QUOTED = {  # of the report's table: ways to sample
+    "Euler 50, as the curves": "euler-50",
+    "Euler 50, float32": "fp32",
+    "Euler 250": "euler-250",
+    "Heun 50": "heun-50",
+    "SDE 250": "sde-250",
+    "Euler 50, guidance 1.25": "guided-1.25",
+    "snippets at random, not by the noise": "draw-random",
+    "held-out images' own features": "snippets-held-out",
+}
+
+
+def test_the_report_and_the_readme_quote_other_ways_to_sample(root):
+    report, readme = ((root / path).read_text() for path in ("evaluations/miniature.md", "README.md"))
+    quoted = entries(report[report.index("### Other ways to sample") :].partition("\n##")[0])
+    assert {*quoted} == {*WAYS_QUOTED}
+    arms, known = read_arms(root / "benchmarks" / "miniature" / "glyphs"), {}
+    for way, (row,) in quoted.items():
+        for arm in ("label", "nearest-10", "own"):
+            found = arms[arm].runs[0]["variants"].get(WAYS_QUOTED[way])
+            known[arm, WAYS_QUOTED[way]] = f"{found['held_out']['fd']:.3f}" if found else ""
+            assert row[f"`{arm}`"] == known[arm, WAYS_QUOTED[way]], (way, arm)
+    for arm in ("label", "nearest-10"):
+        pair = f"{known[arm, 'heun-50']} instead of {known[arm, 'euler-50']}"
+        assert pair in readme.replace("\n", " ")
+        assert pair in report.replace("\n", " ").replace("  ", " ")
+
+
 CONDITIONS = {  # of the README's table
     "none": "none",
     "class label": "label",
@@ -267,14 +295,16 @@ CONDITIONS = {  # of the README's table
 
 
 def test_the_readme_quotes_the_committed_runs(root):
-    text = (root / "README.md").read_text()
+    text, report = ((root / path).read_text() for path in ("README.md", "evaluations/miniature.md"))
     quoted = entries(text[text.index("## The claim in miniature") :].partition("\n## ")[0])
     assert {*quoted} == {*CONDITIONS, FLOOR}
     for name, place in (("glyphs", 0), ("fashion", 2)):
         folder = root / "benchmarks" / "miniature" / name
         arms, rows = read_arms(folder), json.loads((folder / "controls.json").read_text())["rows"]
-        label = targets(arms)["label"]
-        assert [*quoted[FLOOR][0].values()][1 + place] == f"{rows[FLOOR]['held_out']['fd']:.3g}"
+        label, floor = targets(arms)["label"], f"{rows[FLOOR]['held_out']['fd']:.3g}"
+        short = next(row for title, (row, *_) in entries(report).items() if title.startswith(f"{name}, "))
+        assert [*short.values()][1:] == [floor, *(f"{arms[arm].final:.3g}" for arm in PRIMARY)]
+        assert [*quoted[FLOOR][0].values()][1 + place] == floor
         for condition, arm in CONDITIONS.items():
             distance, steps = [*quoted[condition][0].values()][1 + place : 3 + place]
             assert distance == f"{arms[arm].final:.3g}", (name, arm)
@@ -381,6 +411,37 @@ def test_samples_are_of_one_seed_that_all_primary_arms_have(tmp_path):
     assert draw_samples(tmp_path, read_arms(tmp_path)) is None
 
 
+def test_curves_by_another_way_to_sample(tmp_path, capsys):
+    """Points that have its figures, and runs that have such points; the usual page stays as it is."""
+    for arm, distances in (("label", FLAT), ("own", faster(2)), ("none", FLAT)):
+        path = write(tmp_path, arm, distances, copies=audit(0.5), variants=WAYS)
+        run = json.loads(path.read_text())
+        for point in run["curve"][1:] if arm != "none" else ():
+            halved = {key: value | {"fd": value["fd"] / 2} for key, value in point.items() if isinstance(value, dict)}
+            point["heun-50"] = halved
+        path.write_text(json.dumps(run))
+    compare.main([str(tmp_path)])
+    usual = (tmp_path / "table.md").read_text()
+    compare.main([str(tmp_path), "--by", "heun-50"])
+    assert (tmp_path / "table.md").read_text() == usual
+    page = (tmp_path / "table-heun-50.md").read_text()
+    assert page.startswith("# toy: FD to held-out images, sampled by heun-50, the mean of the seeds")
+    assert (tmp_path / "curve-heun-50.png").is_file()
+    curves, before = (entries(text, "## Curves") for text in (page, usual))
+    assert "none" in before
+    assert "none" not in curves
+    assert "500 steps" not in curves["label"][0]
+    assert (before["label"][0]["8,000 steps"], curves["label"][0]["8,000 steps"]) == ("2", "1")
+    assert curves["label"][0]["to training images"] == "0.75"
+    assert "## Other ways" in usual
+    assert "## Other ways" not in page
+    assert "copies, regnetx_002@64" not in curves["label"][0]
+    with pytest.raises(ValueError, match=r"no runs with points by heun-9 \(--by\)"):
+        read_arms(tmp_path, "heun-9")
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path), "--by", "heun-50", "--check", str(path)])
+
+
 def test_check_is_three_standard_deviations(tmp_path, capsys):
     """Three seeds 9, 10, 11: 10 ± 3; by Student's distribution one run in eight of that kind lies outside."""
     for seed, final in enumerate((9, 10, 11)):
@@ -403,7 +464,7 @@ def test_check_is_three_standard_deviations(tmp_path, capsys):
     assert not (tmp_path / "runs" / "table.md").exists()
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "runs"), str(tmp_path / "in"), "--check", str(early)])
-    assert "--check compares with the seeds of one FOLDER" in capsys.readouterr().err
+    assert "--check compares with the seeds of one FOLDER, by the curves' own sampler" in capsys.readouterr().err
 
 
 def test_one_committed_seed_borrows_the_spread_of_the_others(tmp_path, capsys):
