@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """All tables, printed and yielded as they grow; GELU comes first, because it decides most."""
+    """All tables, printed and yielded as they grow, what decides most first."""
     result = {"gelu": [], "weight_gradients": [], "rows": []}
     if args.network:
         result["network"] = network(device)

@@ -24,7 +24,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from models.attention import attention, fits
 
-# Launch parameters: those, or nearly, that benchmarks/bench_kernels.py found the fastest for SiT-XL/2 on an H200.
+# Launch parameters; but for ACTIVATE, about those that benchmarks/bench_kernels.py found fastest on an H200.
 JOIN = {"num_warps": 2}
 JOIN_BACKWARD = {"chunk": 32, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
 ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program

@@ -1,6 +1,6 @@
 """Training steps' forward and backward passes, and a sampler's evaluations, recorded as CUDA graphs and replayed.
 
-A training step of SiT-XL launches more than 1,600 kernels and copies, an evaluation about 500, which at small batches
+A training step of SiT-XL launches about 1,600 kernels and copies, an evaluation about 500, which at small batches
 takes the host longer than the GPU needs to run them; a graph is one launch.
 """
 
