@@ -1,5 +1,7 @@
 """Exact velocities against their definition, and samples by them, which are images of the store."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,18 @@ def test_samples_are_images_of_their_class(store, condition, tmp_path):
     for sample, label in zip(samples, drawn, strict=True):
         others = pixels[(labels == label) | (condition == "none")].transpose(0, 2, 3, 1).astype(int)
         assert np.abs(others - sample).max((1, 2, 3)).min() <= 1
+
+
+@pytest.mark.parametrize(("condition", "count"), [("none", 12), ("label", 4)])
+def test_what_a_condition_allows(condition, count):
+    """All rows, or those of the drawn label; each sample once."""
+    labels, args = np.arange(12) % 3, SimpleNamespace(condition=condition, num_images=50, seed=1)
+    found = [*exact.allowed(args, labels)]
+    assert sorted(torch.cat([part for part, _ in found]).tolist()) == [*range(50)]
+    drawn = (uniform(1, torch.arange(50), LABEL_DRAW) * 3).long()
+    for part, rows in found:
+        assert len(rows) == count
+        assert condition == "none" or {*labels[rows]} == {*drawn[part].tolist()}
 
 
 def test_latents_are_refused(tmp_path):
