@@ -15,7 +15,7 @@ from memory.files import read_json
 
 PRIMARY = ("none", "label", "label-align", "nearest-10", "nearest-10-align", "own")
 OTHERS = ("nearest-1", "nearest-50", "rows-10", "random", "class-mean", "label+nearest-10", "label+nearest-10-align")
-OTHERS += ("dropout-0", "dropout-40")
+OTHERS += ("dropout-0", "dropout-40", "label-dropout-0")
 BASELINES = {"label": "SiT, 46.7× in the paper", "label-align": "REPA, 16× in the paper", "none": "no condition"}
 SHARES = {"nearest-1": 0.01, "nearest-10": 0.1, "nearest-50": 0.5, "own": 1}  # rows of the bank by training images
 CHARACTERS = {"glyphs-100": 100, "glyphs-500": 500, "glyphs": 2_500, "glyphs-6384": 6_384}  # of the data sets
@@ -250,10 +250,11 @@ def score(scores: list[dict], *names: str) -> float:
 
 
 def audits(arm: Arm) -> dict[str, dict[str, float]]:
-    """The copy audit's figures by space, means over the seeds that have one."""
+    """The copy audit's figures by space, means over the seeds that have one; figures that all of these have."""
     spaces = dict.fromkeys(space for run in arm.runs for space in run.get("copies", {}))
     given = {space: [run["copies"][space] for run in arm.runs if space in run.get("copies", {})] for space in spaces}
-    return {space: {name: score(ones, name) for name in ones[0]} for space, ones in given.items()}
+    shared = {space: [name for name in ones[0] if all(name in one for one in ones)] for space, ones in given.items()}
+    return {space: {name: score(ones, name) for name in shared[space]} for space, ones in given.items()}
 
 
 def dataset(arms: dict[str, Arm]) -> str:

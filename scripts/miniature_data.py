@@ -87,6 +87,7 @@ ARMS = {
     "label+nearest-10-align": Arm("label+snippet", aligned=True, like="nearest-10"),
     "dropout-0": Arm(options=("snippet_dropout=0",), like="nearest-10"),
     "dropout-40": Arm(options=("snippet_dropout=0.4",), like="nearest-10"),
+    "label-dropout-0": Arm("label", options=("label_dropout=0",), like="label"),
 }
 
 

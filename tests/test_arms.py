@@ -163,12 +163,14 @@ def test_an_arm_is_complete_with_all_seeds_at_the_last_step(tmp_path):
 def test_an_audit_that_one_seed_lacks_is_the_mean_of_the_others(tmp_path):
     write(tmp_path, "own", FLAT, 0, copies=audit(0.1, 0.2))
     write(tmp_path, "own", FLAT, 1)
-    write(tmp_path, "own", FLAT, 2, copies=audit(0.3))
+    newer = {space: figures | {"threshold": 2.5} for space, figures in audit(0.3).items()}
+    write(tmp_path, "own", FLAT, 2, copies=newer)  # a figure that older runs lack has no mean
     found = known.audits(read_arms(tmp_path)["own"])
     assert {space: figures["excess"] for space, figures in found.items()} == {
         "regnetx_002@64": pytest.approx(0.2),
         "latents": 0.2,
     }
+    assert "threshold" not in known.audits(read_arms(tmp_path)["own"])["regnetx_002@64"]
 
 
 def judge(folder, factors=(2.5, 3, 4), label=FLAT, copies=(0.002, -0.001), steps=STEPS, **changes):
