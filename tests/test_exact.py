@@ -43,6 +43,18 @@ def test_samples_are_images_of_their_class(store, condition, tmp_path):
         assert np.abs(others - sample).max((1, 2, 3)).min() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_the_sampler_is_the_one_that_is_named(sampler, store, tmp_path, monkeypatch):
+    asked = []
+    for name, solve in exact.samplers.items():
+        monkeypatch.setitem(
+            exact.samplers, name, lambda *given, n=name, f=solve: asked.append((n, given[2])) or f(*given)
+        )
+    words = ["--store", store, "--condition", "none", "--num-images", 6, "--sampler", sampler, "--steps", 7]
+    exact.main([*map(str, words), "--out", str(tmp_path / "out")])
+    assert asked == [(sampler, 7)]
+
+
 @pytest.mark.parametrize(("condition", "count"), [("none", 12), ("label", 4)])
 def test_what_a_condition_allows(condition, count):
     """All rows, or those of the drawn label; each sample once."""
