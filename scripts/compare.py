@@ -156,7 +156,9 @@ def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict], way: st
         "Curves": scores(arms),
         "Steps to the baselines' last FD (ratio; of each seed)": ratios(arms),
         "Size of the bank": sizes(arms),
-        "Search (whole runs of one seed; the best of an arm is its run of that seed above, unless repeated)": searched(tried),
+        "Search (whole runs of one seed; the best of an arm is that of the seed above, unless repeated)": searched(
+            tried
+        ),
         "Other ways to sample the last checkpoint": sampled(arms),
         "Real images": real(rows),
         "Are these copies?": copies(arms),
