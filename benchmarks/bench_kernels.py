@@ -1,4 +1,4 @@
-"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what GELU within a product saves.
+"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what wider products save.
 
     python -m benchmarks.bench_kernels --network --out benchmarks/results/kernels.json
 
@@ -6,9 +6,9 @@ At the shapes of SiT-XL/2 and in bf16, random data. Each kernel runs as a CUDA g
 every choice in its sweep, compared with float64 before it is timed: `ms` is the median, the GPU's cache emptied before
 each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what models/fused.py has now.
 The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
-a GPU's clock falls under a steady load; so are evaluations of the compiled network with --network, and the products
-that give weights their gradients: as PyTorch forms them, transposed, and with float32 coming out instead of bf16 that
-another kernel widens.
+a GPU's clock falls under a steady load; so are the products that give weights their gradients: as PyTorch forms them,
+transposed, and with float32 coming out instead of bf16 that another kernel widens. With --network whole compiled
+networks are timed with either: evaluations by GELU, passes forward and backward by weight gradients.
 """
 
 import argparse
@@ -36,6 +36,7 @@ MODEL, TOKENS, WIDTH, HALF, EPS = "SiT-XL/2", 256, 1152, torch.bfloat16, 1e-6
 TOLERANCE = 3e-3  # relative, of results rounded to bf16
 IN_A_ROW, TURNS = 500, 3
 NETWORK_BATCH, EVALUATIONS, COMPARED = 256, 100, 16  # images; evaluations in a row; images compared with float32
+TRAINED_BATCH, PASSES, AT_ONCE = 128, 20, 32  # images; passes forward and backward in a row; images at once in float32
 CHOICES = {  # launch parameters that are tried, by the name of those of models/fused.py
     "JOIN": {"num_warps": [1, 2, 4, 8]},
     "JOIN_BACKWARD": {"chunk": [16, 32, 64], "stages": [2, 3, 4], "num_warps": [4, 8]},
@@ -202,36 +203,89 @@ def gelu(images: int, device: torch.device) -> dict[str, object]:
     return {"images": images, "in_a_row": IN_A_ROW} | {name: {"error": errors[name]} | taken[name] for name in works}
 
 
+def make_network(device: torch.device) -> nn.Module:
+    """SiT-XL/2, its gates and output away from zero."""
+    torch.manual_seed(0)
+    network = SiT_models[MODEL](condition="none").to(device)
+    randomize(network)
+    return network
+
+
 @torch.no_grad()
-def network(device: torch.device) -> dict[str, object]:
-    """An evaluation of the compiled network either way: errors against float32, and milliseconds."""
+def evaluations(device: torch.device) -> dict[str, object]:
+    """An evaluation of the compiled network, GELU within its product or apart: errors against float32, milliseconds."""
     from models import fused
 
-    torch.manual_seed(0)
-    made = SiT_models[MODEL](condition="none").to(device).eval()
-    randomize(made)
-    x = torch.randn(NETWORK_BATCH, *made.latent_shape, device=device)
-    c, some = torch.randn(NETWORK_BATCH, made.pos_embed.shape[-1], device=device), slice(0, COMPARED)
-    exact = made.velocity(x[some], c[some])
-    round_weights(made)
-    compile_blocks(made)
+    network = make_network(device).eval()
+    x = torch.randn(NETWORK_BATCH, *network.latent_shape, device=device)
+    c, some = torch.randn(NETWORK_BATCH, network.pos_embed.shape[-1], device=device), slice(0, COMPARED)
+    exact = network.velocity(x[some], c[some])
+    round_weights(network)
+    compile_blocks(network)
     ways = {"within": contextlib.nullcontext(), "apart": mock.patch.object(fused, "fits_product", never)}
+    with fast_attention(device):
+        return compared(
+            ways,
+            error=lambda: difference([network.velocity(x, c)[some]], [exact]),
+            work=lambda: network.velocity(x, c),
+            times=EVALUATIONS,
+            images=NETWORK_BATCH,
+        )
 
-    def evaluated(way: str) -> float:
-        with ways[way]:
-            return difference([made.velocity(x, c)[some]], [exact])
 
-    def timed(way: str) -> float:
-        with ways[way]:
-            return in_a_row(lambda: made.velocity(x, c), EVALUATIONS)
+def passes(device: torch.device) -> dict[str, object]:
+    """The compiled network forward and backward, its weights' gradients coming out of their products as float32 or
+    rounded and widened: errors of all gradients against float32, milliseconds."""
+    from models import fused
 
-    with torch.autocast(device.type, HALF), fast_attention(device):
-        errors = {way: evaluated(way) for way in ways}
-        assert max(errors.values()) <= 1.25 * min(errors.values()), errors
-        taken = in_turns({way: lambda way=way: timed(way) for way in ways})
-    return {"images": NETWORK_BATCH, "in_a_row": EVALUATIONS} | {
-        way: {"error": errors[way]} | taken[way] for way in ways
-    }
+    network = make_network(device)
+    x, weights = torch.randn(2, TRAINED_BATCH, *network.latent_shape, device=device)
+    c = torch.randn(TRAINED_BATCH, network.pos_embed.shape[-1], device=device)
+
+    def work(some: slice = slice(None)) -> Tensor:
+        loss = (network.velocity(x[some], c[some]).float() * weights[some]).sum()
+        loss.backward()
+        return loss
+
+    def gradients() -> list[Tensor]:
+        return [weight.grad for weight in network.parameters() if weight.grad is not None]
+
+    for first in range(0, TRAINED_BATCH, AT_ONCE):
+        work(slice(first, first + AT_ONCE))
+    exact = [gradient.clone() for gradient in gradients()]
+    compile_blocks(network)
+
+    def afresh() -> Tensor:
+        network.zero_grad(set_to_none=True)
+        return work()
+
+    def error() -> float:
+        afresh()
+        return difference(gradients(), exact)
+
+    ways = {"float32 out": contextlib.nullcontext(), "widened": mock.patch.object(fused, "widens", never)}
+    with fast_attention(device, network.pos_embed.shape[1]):
+        return compared(ways, error, afresh, PASSES, TRAINED_BATCH)
+
+
+def compared(
+    ways: dict[str, contextlib.AbstractContextManager],
+    error: Callable[[], float],
+    work: Callable[[], object],
+    times: int,
+    images: int,
+) -> dict[str, object]:
+    """The error and the milliseconds of `work` each way, in bf16."""
+
+    def within(way: str, call: Callable[[], float]) -> float:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        with ways[way], torch.autocast(kind, HALF, cache_enabled=False):
+            return call()
+
+    errors = {way: within(way, error) for way in ways}
+    assert max(errors.values()) <= 1.25 * min(errors.values()), errors
+    taken = in_turns({way: partial(within, way, partial(in_a_row, work, times)) for way in ways})
+    return {"images": images, "in_a_row": times} | {way: {"error": errors[way]} | taken[way] for way in ways}
 
 
 @torch.no_grad()
@@ -250,13 +304,13 @@ def weight_gradients(images: int, device: torch.device) -> Iterator[dict]:
 
 
 def never(layer: nn.Linear, x: Tensor) -> bool:
-    """In the place of `fused.fits_product`."""
+    """In the place of `fused.fits_product` or `fused.widens`."""
     return False
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the kernels between a network's products, and some products.")
-    parser.add_argument("--network", action="store_true", help="also evaluations of SiT-XL/2, compiled either way")
+    parser.add_argument("--network", action="store_true", help="also whole networks, compiled either way")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     return parser.parse_args(argv)
 
@@ -276,8 +330,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """All tables, printed and yielded as they grow, what decides most first."""
     result = {"gelu": [], "weight_gradients": [], "rows": []}
     if args.network:
-        result["network"] = network(device)
-        show_ways("network, GELU", result["network"])
+        result["evaluations"] = evaluations(device)
+        show_ways("network, GELU", result["evaluations"])
+        yield result
+        result["passes"] = passes(device)
+        show_ways("network, gradients of weights", result["passes"])
         yield result
     for images in GELU_IMAGES:
         result["gelu"].append(gelu(images, device))

@@ -238,8 +238,39 @@ def activate(hidden: Tensor, bias: Tensor) -> Tensor:
     return _activate_op(hidden, bias)
 
 
+class WideGradient(torch.autograd.Function):
+    """A linear layer of x (B, T, D) in half precision, whose float32 weight's gradient comes out of its product as
+    float32, instead of rounded and then widened by a kernel of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: object, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return d_out @ weight, weight_gradient(d_out.flatten(0, 1), x.flatten(0, 1)), None
+
+
+def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:
+    """(O, D) in float32 from the gradient (N, O) of a linear layer's result and from what it was given, (N, D)."""
+    if d_out.is_cuda:
+        return torch.mm(d_out.t(), x, out_dtype=torch.float32)
+    return (d_out.t() @ x).float()
+
+
+def widens(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether a linear layer is a `WideGradient`: trained in float32, on what is in half precision."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and layer.weight.dtype == torch.float32 and layer.weight.requires_grad and torch.is_grad_enabled()
+
+
 def detached(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer that leaves its bias's gradient to the kernel that comes next."""
+    if widens(layer, x):
+        return WideGradient.apply(x, layer.weight, layer.bias.detach())
     return F.linear(x, layer.weight, layer.bias.detach())
 
 

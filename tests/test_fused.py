@@ -215,6 +215,44 @@ def test_gelu_lies_within_the_product_where_no_gradient_is_wanted(dtype, monkeyp
     assert relative(within, exact) <= (0.9 if half else 1.0) * relative(apart, exact)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_weights_gradient_is_not_rounded(device, compiled):
+    """What its product adds up in float32 comes out as it is on a GPU; the other gradient is autocast's own."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 160, device=device)
+    x, d_out = torch.randn(3, 64, 96, device=device), torch.randn(3, 64, 160, device=device)
+    x, d_out = x.bfloat16().requires_grad_(), d_out.bfloat16()
+    exact = d_out.flatten(0, 1).double().t() @ x.detach().flatten(0, 1).double()
+    found = {}
+    for way, apply in {"ours": fused.detached, "autocast": torch.nn.Module.__call__}.items():
+        if compiled and way == "ours":
+            apply = torch.compile(apply, fullgraph=True)
+        with torch.autocast(device, torch.bfloat16):
+            out = apply(layer, x)
+        out.backward(d_out)
+        found[way] = out.detach(), x.grad, layer.weight.grad
+        assert (layer.bias.grad is None) == (way == "ours")
+        x.grad = layer.weight.grad = None
+    (out, d_x, d_weight), autocast = found["ours"], found["autocast"]
+    assert d_weight.dtype == torch.float32
+    assert d_weight.stride() == layer.weight.stride()
+    assert relative(out, autocast[0]) < 1e-6 > relative(d_x, autocast[1])
+    assert relative(autocast[2], exact) > 1e-3
+    assert relative(d_weight, exact) < (1e-5 if device == "cuda" else 3e-3)
+
+
+def test_a_weights_gradient_is_left_alone_where_nothing_is_rounded():
+    layer, half = torch.nn.Linear(8, 8), torch.randn(1, 2, 8).bfloat16()
+    assert fused.widens(layer, half)
+    with torch.no_grad():
+        assert not fused.widens(layer, half)
+    assert not fused.widens(layer, half.float())
+    assert not fused.widens(copy.deepcopy(layer).bfloat16(), half)
+    assert not fused.widens(copy.deepcopy(layer).requires_grad_(False), half)
+
+
 @pytest.fixture
 def product(monkeypatch):
     """That of GELU, as if it fitted on a CPU, where it is erf's form; joins are plain, because Triton needs a GPU."""
@@ -323,6 +361,7 @@ def check_benchmark():
 
     choices = {"JOIN": {"num_warps": [2]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
     patched = {"TOKENS": 12, "WIDTH": 24, "HALF": torch.float16, "MODEL": "small", "NETWORK_BATCH": 2, "TURNS": 1}
+    patched |= {"TRAINED_BATCH": 4, "AT_ONCE": 2}
     patched |= {"CHOICES": choices, "IMAGES": {name: [2] for name in choices}, "GELU_IMAGES": [2]}
     plain = {way: form for way, form in bench.FORMS.items() if "out" not in way}  # what comes out is a GPU's choice
     patched |= {"GRADIENT_IMAGES": [2], "FORMS": plain}
@@ -332,8 +371,9 @@ def check_benchmark():
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(SiT_models, small=small),
         mock.patch.multiple(bench, **patched),
-        mock.patch.object(fused, "fits_product", return_value=True),
+        mock.patch.object(fused, "fits_product", side_effect=lambda layer, x: not torch.is_grad_enabled()),
         mock.patch.object(torch, "_addmm_activation", side_effect=torch._addmm_activation) as product,
+        mock.patch.object(fused, "weight_gradient", side_effect=fused.weight_gradient) as widened,
     ):
         bench.main(["--network", "--out", f"{folder}/out.json"])
         result = json.loads(Path(folder, "out.json").read_text())
@@ -345,10 +385,11 @@ def check_benchmark():
     for row in result["weight_gradients"]:
         assert {*row} == {"layer", "images", "in_a_row", "as it is", "transposed"}
         assert all(row[way]["ms"] == 1 and row[way]["error"] < 0.001 for way in plain)
-    for row in (*result["gelu"], result["network"]):
-        for way in ("within", "apart"):
-            assert row[way]["ms"] == 1
-            assert 0 < row[way]["error"] < 0.01
+    ways = {"within": (*result["gelu"], result["evaluations"]), "float32 out": (result["passes"],)}
+    ways |= {"apart": ways["within"], "widened": ways["float32 out"]}
+    for way, rows in ways.items():
+        assert all(row[way]["ms"] == 1 and 0 < row[way]["error"] < 0.01 for row in rows)
+    assert widened.call_count == 2 * 2 * 3  # compared and timed: two blocks of three products, attention being plain
 
 
 @pytest.mark.gpu
