@@ -25,13 +25,19 @@ from torch.library import custom_op, triton_op, wrap_triton
 from models.attention import attention, fits
 
 # Launch parameters; but for ACTIVATE, about those that benchmarks/bench_kernels.py found fastest on an H200.
-JOIN = {"num_warps": 2}
-JOIN_BACKWARD = {"chunk": 32, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
+JOIN = {"num_warps": 1}
+JOIN_BACKWARD = {"chunk": 64, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
 ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program
 ACTIVATE_BACKWARD = {"columns": 1024, "tile": 2, "span": 128, "stages": 2, "num_warps": 4}  # span: rows of a program
+PROGRAMS = 512  # fewer leave a GPU partly idle: then chunks and spans are half as long, in the same compiled kernel
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
+
+
+def shorter(length: int, work: int) -> int:
+    """What a program does of `work` in all: `length`, or half of it where that makes too few programs."""
+    return length if work >= PROGRAMS * length else length // 2
 
 
 @triton.jit
@@ -60,8 +66,8 @@ def join_kernel(
 
 @triton.jit
 def join_backward_kernel(
-    d_total, d_normed, total, branch, gate, scale, mean, rstd, d_x, d_branch, sums, gate_stride, scale_stride,
-    tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr, stages: tl.constexpr,
+    d_total, d_normed, total, branch, gate, scale, mean, rstd, d_x, d_branch, sums, gate_stride, scale_stride, chunk,
+    tokens: tl.constexpr, width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     part, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, block)
@@ -92,7 +98,7 @@ def join_backward_kernel(
         d_shift += d_out
         d_scale += d_out * unit
         d_bias += d_sum
-    place = sums + (image * (tokens // chunk) + part) * 4 * width + columns
+    place = sums + (image * tl.num_programs(0) + part) * 4 * width + columns
     tl.store(place, d_gate, mask=inside)
     tl.store(place + width, d_shift, mask=inside)
     tl.store(place + 2 * width, d_scale, mask=inside)
@@ -127,7 +133,7 @@ def _join_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, width = total.shape
     d_total, d_normed, branch = d_total.contiguous(), d_normed.contiguous(), branch.contiguous()
-    chunk = math.gcd(tokens, JOIN_BACKWARD["chunk"])
+    chunk = math.gcd(tokens, shorter(JOIN_BACKWARD["chunk"], images * tokens))
     d_x, d_branch = torch.empty_like(total), torch.empty_like(branch)
     sums = total.new_empty(images, tokens // chunk, 4, width)
     wrap_triton(join_backward_kernel)[(tokens // chunk, images)](
@@ -179,8 +185,8 @@ def activate_kernel(hidden, active, numel, block: tl.constexpr):
 
 @triton.jit
 def activate_backward_kernel(
-    d_active, hidden, d_hidden, sums, rows,
-    width: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, span: tl.constexpr, stages: tl.constexpr,
+    d_active, hidden, d_hidden, sums, rows, span,
+    width: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -213,11 +219,12 @@ def _activate_op(hidden: Tensor, bias: Tensor) -> Tensor:
 def _activate_backward_op(d_active: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     d_active, hidden = d_active.contiguous(), hidden.contiguous()
     width = hidden.shape[-1]
-    rows = hidden.numel() // width
-    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, ACTIVATE_BACKWARD["span"])
+    rows, columns = hidden.numel() // width, triton.cdiv(width, ACTIVATE_BACKWARD["columns"])
+    span = shorter(ACTIVATE_BACKWARD["span"], rows * columns)
+    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, span)
     sums = hidden.new_empty(parts, width, dtype=torch.float32)
-    wrap_triton(activate_backward_kernel)[(parts, triton.cdiv(width, ACTIVATE_BACKWARD["columns"]))](
-        d_active, hidden, d_hidden, sums, rows, width=width, **ACTIVATE_BACKWARD
+    wrap_triton(activate_backward_kernel)[(parts, columns)](
+        d_active, hidden, d_hidden, sums, rows, width=width, **ACTIVATE_BACKWARD | {"span": span}
     )
     return d_hidden, sums.sum(0)
 

@@ -359,7 +359,7 @@ def check_benchmark():
     def small(condition):
         return SiT(name="small", depth=2, width=48, num_heads=2, patch_size=1, input_size=2, condition=condition)
 
-    choices = {"JOIN": {"num_warps": [2]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
+    choices = {"JOIN": {"num_warps": [1]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
     patched = {"TOKENS": 12, "WIDTH": 24, "HALF": torch.float16, "MODEL": "small", "NETWORK_BATCH": 2, "TURNS": 1}
     patched |= {"TRAINED_BATCH": 4, "AT_ONCE": 2}
     patched |= {"CHOICES": choices, "IMAGES": {name: [2] for name in choices}, "GELU_IMAGES": [2]}
