@@ -49,7 +49,6 @@ CHOICES = {  # launch parameters that are tried, by the name of those of models/
         "num_warps": [4],
     },
 }
-PARTS = {"JOIN_BACKWARD": "chunk", "ACTIVATE_BACKWARD": "span"}  # what `fused.shorter` halves
 IMAGES = {"JOIN": [256, 128, 16], "JOIN_BACKWARD": [128, 32], "ACTIVATE": [256, 16], "ACTIVATE_BACKWARD": [128, 32]}
 GELU_IMAGES = [256, 64, 16]
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # numbers in and out, in widths
@@ -188,10 +187,7 @@ def in_use(name: str, images: int) -> dict[str, int]:
     from models import fused
 
     chosen = dict(getattr(fused, name))
-    if name in PARTS:
-        columns = -(-4 * WIDTH // chosen["columns"]) if "columns" in chosen else 1
-        chosen[PARTS[name]] = fused.shorter(chosen[PARTS[name]], images * TOKENS * columns)
-    return chosen
+    return chosen | {"chunk": fused.chunk_of(images, TOKENS)} if name == "JOIN_BACKWARD" else chosen
 
 
 @torch.no_grad()

@@ -28,16 +28,17 @@ from models.attention import attention, fits
 JOIN = {"num_warps": 1}
 JOIN_BACKWARD = {"chunk": 64, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
 ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program
-ACTIVATE_BACKWARD = {"columns": 1024, "tile": 2, "span": 128, "stages": 2, "num_warps": 4}  # span: rows of a program
-PROGRAMS = 512  # fewer leave a GPU partly idle: then chunks and spans are half as long, in the same compiled kernel
+ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span: rows of a program
+PROGRAMS = 512  # of JOIN_BACKWARD: fewer leave a GPU partly idle, then chunks are half as long, in the same kernel
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
 
 
-def shorter(length: int, work: int) -> int:
-    """What a program does of `work` in all: `length`, or half of it where that makes too few programs."""
-    return length if work >= PROGRAMS * length else length // 2
+def chunk_of(images: int, tokens: int) -> int:
+    """Tokens of a program of `join_backward_kernel`."""
+    chunk = JOIN_BACKWARD["chunk"]
+    return math.gcd(tokens, chunk if images * tokens >= PROGRAMS * chunk else chunk // 2)
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def _join_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, width = total.shape
     d_total, d_normed, branch = d_total.contiguous(), d_normed.contiguous(), branch.contiguous()
-    chunk = math.gcd(tokens, shorter(JOIN_BACKWARD["chunk"], images * tokens))
+    chunk = chunk_of(images, tokens)
     d_x, d_branch = torch.empty_like(total), torch.empty_like(branch)
     sums = total.new_empty(images, tokens // chunk, 4, width)
     wrap_triton(join_backward_kernel)[(tokens // chunk, images)](
@@ -185,8 +186,8 @@ def activate_kernel(hidden, active, numel, block: tl.constexpr):
 
 @triton.jit
 def activate_backward_kernel(
-    d_active, hidden, d_hidden, sums, rows, span,
-    width: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr,
+    d_active, hidden, d_hidden, sums, rows,
+    width: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, span: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -219,12 +220,11 @@ def _activate_op(hidden: Tensor, bias: Tensor) -> Tensor:
 def _activate_backward_op(d_active: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     d_active, hidden = d_active.contiguous(), hidden.contiguous()
     width = hidden.shape[-1]
-    rows, columns = hidden.numel() // width, triton.cdiv(width, ACTIVATE_BACKWARD["columns"])
-    span = shorter(ACTIVATE_BACKWARD["span"], rows * columns)
-    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, span)
+    rows = hidden.numel() // width
+    d_hidden, parts = torch.empty_like(hidden), triton.cdiv(rows, ACTIVATE_BACKWARD["span"])
     sums = hidden.new_empty(parts, width, dtype=torch.float32)
-    wrap_triton(activate_backward_kernel)[(parts, columns)](
-        d_active, hidden, d_hidden, sums, rows, width=width, **ACTIVATE_BACKWARD | {"span": span}
+    wrap_triton(activate_backward_kernel)[(parts, triton.cdiv(width, ACTIVATE_BACKWARD["columns"]))](
+        d_active, hidden, d_hidden, sums, rows, width=width, **ACTIVATE_BACKWARD
     )
     return d_hidden, sums.sum(0)
 

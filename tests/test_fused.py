@@ -215,6 +215,14 @@ def test_gelu_lies_within_the_product_where_no_gradient_is_wanted(dtype, monkeyp
     assert relative(within, exact) <= (0.9 if half else 1.0) * relative(apart, exact)
 
 
+@pytest.mark.parametrize(
+    ("images", "tokens", "chunk"),
+    [(128, 256, 64), (127, 256, 32), (2, 256, 32), (512, 64, 64), (2, 12, 4), (999, 100, 4)],
+)
+def test_a_program_of_the_joins_gradients_is_shorter_where_there_are_few(images, tokens, chunk):
+    assert fused.chunk_of(images, tokens) == chunk
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_weights_gradient_is_not_rounded(device, compiled):
@@ -359,7 +367,7 @@ def check_benchmark():
     def small(condition):
         return SiT(name="small", depth=2, width=48, num_heads=2, patch_size=1, input_size=2, condition=condition)
 
-    choices = {"JOIN": {"num_warps": [1]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [2]}}
+    choices = {"JOIN": {"num_warps": [1]}, "JOIN_BACKWARD": {"chunk": [4, 32]}, "ACTIVATE_BACKWARD": {"tile": [4]}}
     patched = {"TOKENS": 12, "WIDTH": 24, "HALF": torch.float16, "MODEL": "small", "NETWORK_BATCH": 2, "TURNS": 1}
     patched |= {"TRAINED_BATCH": 4, "AT_ONCE": 2}
     patched |= {"CHOICES": choices, "IMAGES": {name: [2] for name in choices}, "GELU_IMAGES": [2]}
@@ -379,7 +387,7 @@ def check_benchmark():
         result = json.loads(Path(folder, "out.json").read_text())
     assert product.call_count == 2 + 2 * 2  # compared and timed: a layer, and a network of two blocks
     rows = [(row["kernel"], row["chosen"]) for row in result["rows"]]
-    backward = [("JOIN_BACKWARD", False), ("JOIN_BACKWARD", True)]
+    backward = [("JOIN_BACKWARD", True), ("JOIN_BACKWARD", False)]  # 4 divides the tokens
     assert rows == [("JOIN", True), *backward, ("ACTIVATE_BACKWARD", True)]
     assert [row["layer"] for row in result["weight_gradients"]] == ["qkv", "proj", "fc1", "fc2"]
     for row in result["weight_gradients"]:
