@@ -5,7 +5,7 @@
 # The weights are their last.pt, as REPA-SiT-XL-2-256x256.pt in the folder weights/. Variables: CHECKPOINT, OUT, IMAGES,
 # BATCH (a GPU).
 # Hardware, memory, disk   as for sample-gmem-xl.sh
-# Time      as there: 1.8 hours on one H200; guidance at seven tenths of the times adds as many tenths
+# Time      as there: 1.7 hours on one H200; guidance at seven tenths of the times adds as many tenths
 # Expected  published: FID-50K 5.9, with guidance 1.42. Not yet reproduced
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -4,7 +4,7 @@
 #   GUIDANCE=1.5 bash scripts/sample-sit-xl.sh      with guidance, of the first three channels as the authors do
 # The weights are SiT-XL-2-256x256.pt in the folder weights/. Variables: CHECKPOINT, OUT, IMAGES, BATCH (a GPU).
 # Hardware, memory, disk   as for sample-gmem-xl.sh
-# Time      as there: 1.8 hours on one H200; guidance doubles it
+# Time      as there: 1.7 hours on one H200; guidance doubles it
 # Expected  published: FID-50K 8.26, with guidance 2.06. Not yet reproduced
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -7,10 +7,10 @@
 #           without alignment on one H200: 58.3 GB at 128 images, 20.5 GB at 16 (benchmarks/results/train-*h200*.json);
 #           the VAE takes about 1 GB more for the grids of samples (none with --sample-every 0)
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
-# Time      one H200 without alignment: 550 images/s at 32 a step, 639 at 128, 506 at 16 within 22 GiB
-#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/550 + 1/8,009) = 515, and 400,000 · 256 /
-#           (8 · 515) = 25,000 s = 7 hours on eight, STEPS=2000000 35, if eight lose nothing (two lost 5 to 9%);
-#           one alone, 128 images at once: 1 / (1/639 + 1/8,009) = 592, 48 hours
+# Time      one H200 without alignment: 562 images/s at 32 a step, 642 at 128, 506 at 16 within 22 GiB
+#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/562 + 1/8,009) = 525, and 400,000 · 256 /
+#           (8 · 525) = 24,400 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing (two lost 5 to 9%);
+#           one alone, 128 images at once: 1 / (1/642 + 1/8,009) = 594, 48 hours
 # Alignment the encoder alone does 8,009 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 6% of the time, and
 #           needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added,
 #           but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
