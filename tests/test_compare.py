@@ -220,7 +220,7 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     pages = sorted(logs.glob("*/table.md"))
     folders = [tmp_path / given.parent.name for given in pages]
     for given, folder in zip(pages, folders, strict=True):
-        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "*.md"))
+        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "again", "*.md"))
     compare.main([str(folder) for folder in folders])
     for given, folder in zip(pages, folders, strict=True):
         assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
@@ -268,20 +268,52 @@ WAYS_QUOTED = {  # of the report's table: ways to sample
 }
 
 
-def test_the_report_and_the_readme_quote_other_ways_to_sample(root):
-    report, readme = ((root / path).read_text() for path in ("evaluations/miniature.md", "README.md"))
+def test_the_report_quotes_other_ways_to_sample(root):
+    report = (root / "evaluations" / "miniature.md").read_text()
     quoted = entries(report[report.index("### Other ways to sample") :].partition("\n##")[0])
     assert {*quoted} == {*WAYS_QUOTED}
-    arms, known = read_arms(root / "benchmarks" / "miniature" / "glyphs"), {}
+    arms = read_arms(root / "benchmarks" / "miniature" / "glyphs")
     for way, (row,) in quoted.items():
         for arm in ("label", "nearest-10", "own"):
             found = arms[arm].runs[0]["variants"].get(WAYS_QUOTED[way])
-            known[arm, WAYS_QUOTED[way]] = f"{found['held_out']['fd']:.3f}" if found else ""
-            assert row[f"`{arm}`"] == known[arm, WAYS_QUOTED[way]], (way, arm)
-    for arm in ("label", "nearest-10"):
-        pair = f"{known[arm, 'heun-50']} instead of {known[arm, 'euler-50']}"
-        assert pair in readme.replace("\n", " ")
-        assert pair in report.replace("\n", " ").replace("  ", " ")
+            assert row[f"`{arm}`"] == (f"{found['held_out']['fd']:.3f}" if found else ""), (way, arm)
+
+
+def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, tmp_path):
+    """The pages beside these runs are what the command writes, too."""
+    report, readme = ((root / path).read_text() for path in ("evaluations/miniature.md", "README.md"))
+    quoted = entries(report[report.index("### By Heun's method") :].partition("\n##")[0])
+    lasts, ratios = {}, {}
+    for name in ("glyphs", "fashion"):
+        folder = root / "benchmarks" / "miniature" / name / "again"
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.md"))
+        compare.main([str(tmp_path / name), "--by", "heun-50"])
+        page = (tmp_path / name / "table-heun-50.md").read_text()
+        assert page == (folder / "table-heun-50.md").read_text(), f"python -m scripts.compare {folder} --by heun-50"
+        by_heun, by_euler = entries(page), entries("\n\n".join(compare.page(read_arms(folder), {}, [])))
+        for arm in read_arms(folder):
+            row = [*quoted.pop(f"{name}, `{arm}`")[0].values()][1:]
+            expected, of_both = [], [(by_heun, read_arms(folder, "heun-50")), (by_euler, read_arms(folder))]
+            for found, arms in of_both:
+                curve, reaches, *_ = found[arm]
+                points = [curve.get(f"{step} steps", "") for step in ("1,000", "2,000", "4,000", "8,000")]
+                steps = next(value for key, value in reaches.items() if key.startswith("label's "))
+                steps = steps or f"{targets(arms)['label'].steps:,.0f}"
+                expected += [*(points[-1:] if expected else points), steps]
+                lasts.setdefault((name, arm), []).append(curve[f"{curve['last step']} steps"])
+                ratios.setdefault((name, arm), []).append(steps.partition("(")[2].rstrip(")"))
+            expected[5] = lasts[name, arm][1]
+            assert row == expected, (name, arm)
+    assert not quoted
+    short = report[report.index("- **By Heun's method") :].partition("\n- ")[0].replace("\n ", "")
+    readme = readme.replace("\n", " ")
+    for arm in ("label", "nearest-10", "own"):
+        assert " instead of ".join(lasts["glyphs", arm]) in short
+    for pair in (ratios["glyphs", "nearest-10"], ratios["glyphs", "own"], ratios["fashion", "nearest-10"]):
+        assert " instead of ".join(pair) in short
+    rounded = [f"{float(ratio[:-1]):.1f}" for arm in ("nearest-10", "own") for ratio in ratios["glyphs", arm]]
+    assert "end at {} instead of {}, and the ratios".format(*lasts["glyphs", "label"]) in readme
+    assert "are {} instead of {} for the bank and {} instead of {} for own features".format(*rounded) in readme
 
 
 CONDITIONS = {  # of the README's table
