@@ -1,4 +1,4 @@
-"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what wider products save.
+"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what products save it.
 
     python -m benchmarks.bench_kernels --network --out benchmarks/results/kernels.json
 
@@ -8,7 +8,8 @@ each run, `tb_s` the terabytes a second that it reads and writes at least, `chos
 The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
 a GPU's clock falls under a steady load; so are the products that give weights their gradients: as PyTorch forms them,
 transposed, and with float32 coming out instead of bf16 that another kernel widens. With --network whole compiled
-networks are timed with either: evaluations by GELU, passes forward and backward by weight gradients.
+networks are timed, too: evaluations with GELU within its product and apart, passes forward and backward with weights'
+gradients as float32 from their products and widened.
 """
 
 import argparse
@@ -234,6 +235,7 @@ def evaluations(device: torch.device) -> dict[str, object]:
     with fast_attention(device):
         return compared(
             ways,
+            device,
             error=lambda: difference([network.velocity(x, c)[some]], [exact]),
             work=lambda: network.velocity(x, c),
             times=EVALUATIONS,
@@ -273,11 +275,12 @@ def passes(device: torch.device) -> dict[str, object]:
 
     ways = {"float32 out": contextlib.nullcontext(), "widened": mock.patch.object(fused, "widens", never)}
     with fast_attention(device, network.pos_embed.shape[1]):
-        return compared(ways, error, afresh, PASSES, TRAINED_BATCH)
+        return compared(ways, device, error, afresh, PASSES, TRAINED_BATCH)
 
 
 def compared(
     ways: dict[str, contextlib.AbstractContextManager],
+    device: torch.device,
     error: Callable[[], float],
     work: Callable[[], object],
     times: int,
@@ -286,8 +289,7 @@ def compared(
     """The error and the milliseconds of `work` each way, in bf16."""
 
     def within(way: str, call: Callable[[], float]) -> float:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        with ways[way], torch.autocast(kind, HALF, cache_enabled=False):
+        with ways[way], torch.autocast(device.type, HALF, cache_enabled=False):
             return call()
 
     errors = {way: within(way, error) for way in ways}

@@ -7,7 +7,7 @@ Writes a checkpoint of the real shapes, its bank and a VAE of Stable Diffusion's
 processes: first with nothing compiled before, then with the first run's cache, in little memory if asked. Start-up is
 everything before the first evaluation that counts, images/s everything after it: decoding, PNGs and the npz included.
 The rows by batch size are timed over a few evaluations of the command's own `Generator`; their images/s at 250
-evaluations follow by arithmetic. Only the first row's decoder is compiled.
+evaluations follow by arithmetic.
 Before the rows are timed, velocities and images are compared with the plain path in float32 on the same device; the
 command comes first, because its first run must find nothing compiled.
 """
@@ -301,7 +301,6 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
         yield result
-        fast.codec = plain.codec  # compiling the decoder for the first batch says what it gains
     if args.reference:
         result["reference"] = reference(plain, args.few, work)
         print(json.dumps(result["reference"]))

@@ -7,8 +7,8 @@
 torch.compile fuses the forward pass as well; backward it reads everything again for the sums over tokens that the
 gradients of gate, shift, scale and of the products' biases are, which costs a training step of SiT-XL/2 some per cent.
 So a bias enters its product detached and is handed to the kernel that comes next, which ignores it forward and gives
-its gradient backward. All arithmetic is float32. `models/kernels.py` decides where these run; `models/sit.py` is what
-they must equal.
+its gradient backward; and a weight's gradient is kept as its product adds it up. All arithmetic of the kernels is
+float32. `models/kernels.py` decides where these run; `models/sit.py` is what they must equal.
 
 Shapes: x, branch, total, normed (B, T, D); gate, shift, scale (B, D); hidden, active (B, T, 4·D).
 """
@@ -24,19 +24,21 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from models.attention import attention, fits
 
-# Launch parameters; but for ACTIVATE, about those that benchmarks/bench_kernels.py found fastest on an H200.
+# Launch parameters, about the fastest of benchmarks/bench_kernels.py on an H200 (but for ACTIVATE, as good as others).
 JOIN = {"num_warps": 1}
-JOIN_BACKWARD = {"chunk": 64, "stages": 4, "num_warps": 4}  # chunk: a program's tokens, or what of them divides T
+JOIN_BACKWARD = {"chunk": 64, "stages": 4, "num_warps": 4}  # chunk: see `chunk_of`
 ACTIVATE = {"block": 4096, "num_warps": 4}  # block: numbers of a program
 ACTIVATE_BACKWARD = {"columns": 1024, "tile": 4, "span": 128, "stages": 3, "num_warps": 4}  # span: rows of a program
-PROGRAMS = 512  # of JOIN_BACKWARD: fewer leave a GPU partly idle, then chunks are half as long, in the same kernel
+PROGRAMS = 512  # that JOIN_BACKWARD should have at least, so that no multiprocessor is idle
 SLOPE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715  # tanh-GELU is x·σ(SLOPE·(x + CUBE·x³))
 LINEAR, CUBIC = tl.constexpr(SLOPE), tl.constexpr(3 * SLOPE * CUBE)  # σ's argument has the slope LINEAR + CUBIC·x²
 POWER, POWER_CUBIC = tl.constexpr(-SLOPE / math.log(2)), tl.constexpr(-SLOPE * CUBE / math.log(2))  # σ by powers of two
 
 
 def chunk_of(images: int, tokens: int) -> int:
-    """Tokens of a program of `join_backward_kernel`."""
+    """Tokens of a program of `join_backward_kernel`: JOIN_BACKWARD's, half of them where that would leave few programs,
+    or what of it divides the tokens. It is a number at run time, so that few images are compared in the binary that
+    serves many."""
     chunk = JOIN_BACKWARD["chunk"]
     return math.gcd(tokens, chunk if images * tokens >= PROGRAMS * chunk else chunk // 2)
 
@@ -275,7 +277,7 @@ def widens(layer: nn.Linear, x: Tensor) -> bool:
 
 
 def detached(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer that leaves its bias's gradient to the kernel that comes next."""
+    """A linear layer that leaves its bias's gradient to the kernel that comes next; its weight's is not rounded."""
     if widens(layer, x):
         return WideGradient.apply(x, layer.weight, layer.bias.detach())
     return F.linear(x, layer.weight, layer.bias.detach())
