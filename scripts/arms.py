@@ -262,6 +262,18 @@ def dataset(arms: dict[str, Arm]) -> str:
     return next(iter(arms.values())).runs[0]["dataset"]
 
 
+def made(runs: Iterable[dict], ways: bool = False) -> str:
+    """First and last day, devices and versions of torch of runs, or "" if no log has any; with `ways`, of what sampled
+    their last checkpoints in other ways, too."""
+    logs = [log.get("made", {}) for run in runs for log in (run, *(run.get("variants", {}).values() if ways else ()))]
+    days = sorted({log["date"].partition("T")[0] for log in logs if "date" in log})
+    devices = sorted({log["device"] for log in logs if "device" in log})
+    versions = sorted({log["versions"]["torch"] for log in logs if "torch" in log.get("versions", {})})
+    parts = [" to ".join(dict.fromkeys((days[0], days[-1]))) if days else "", " and ".join(devices)]
+    parts += [f"torch {' and '.join(versions)}"] if versions else []
+    return ", ".join(filter(None, parts))
+
+
 def rates(arms: dict[str, Arm]) -> dict[bool, float]:
     """Images a second of training with alignment (True) and without: of the fastest run, since others may have shared
     their GPU with one. Runs without a speed count as 1."""

@@ -15,6 +15,7 @@ Writes  FOLDER/curve.png   distance to held-out images over steps and over secon
         FOLDER/samples.png the primary arms' first samples of one seed, if their previews (ARM-SEED.png) are there
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
         with --by WAY, curve-WAY.png, table-WAY.md and so on, without ways to sample and copies
+        Pages end with days, devices and versions of torch, figures have them at their foot, where the logs name them
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the
 mean final FD of the baseline; "not reached" if it does not. The ratio is the baseline's own steps to it divided by them
@@ -26,7 +27,8 @@ checks.
 `--check` compares a run of your own with the committed seeds of its arm and settings. Its FD has to lie within their
 mean ± 3 standard deviations; the last step decides, and exit status 1 says that it is outside. With three seeds one run
 in eight of the very same procedure is, because so few say little about their deviation (t with 2 degrees of freedom).
-Where one seed is committed the other arms' deviation, as a share of FD, stands in, for the difference of two runs.
+Where one seed is committed the other arms' deviation, as a share of FD, stands in, for the difference of two runs; and
+where no arm of FOLDER has several, that of the arms of the data set whose search it shares, in the folder beside it.
 """
 
 import argparse
@@ -57,6 +59,7 @@ from scripts.arms import (
     dataset,
     differing,
     dig,
+    made,
     missing,
     rates,
     ratio_of,
@@ -95,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sets, ending = {folder: read_arms(folder, args.by) for folder in args.folders}, f"-{args.by}" if args.by else ""
     if args.check:
-        inside = [check(read_run(path), path, sets[args.folders[0]]) for path in args.check]
+        ((folder, arms),) = sets.items()
+        lent = lenders(folder, arms)
+        inside = [check(read_run(path), path, arms, *lent) for path in args.check]
         sys.exit(not all(inside))
     grown = {}
     for folder, arms in sets.items():
@@ -169,6 +174,13 @@ def page(arms: dict[str, Arm], rows: dict[str, dict], tried: list[dict], way: st
             yield table(lines)
     speed = [f"{rate:,.0f} images/s with{'' if aligned else 'out'} alignment" for aligned, rate in rates(arms).items()]
     yield f"Seconds are at the speed of the fastest run: {', '.join(speed)}."
+    yield from origin([run for arm in arms.values() for run in arm.runs + arm.behind] + tried)
+
+
+def origin(runs: list[dict]) -> Iterable[str]:
+    """The last line of a page: when and on what its runs were made, if their logs say so."""
+    if words := made(runs, ways=True):
+        yield f"Runs of {words}; each log has its command."
 
 
 def claim(arms: dict[str, Arm], checks: list[Finding], baselines: list[Finding]) -> str:
@@ -307,11 +319,25 @@ def diversity(sets: dict[int, tuple[dict[str, Arm], float]], step: int) -> Itera
     yield f"# Diversity: FD to held-out images after {step:,} steps, and the steps to that of label, by characters"
     yield table(rows)
     yield "Images held out are few where characters are: distances compare within a row, and with its floor."
+    shown = [arms[name] for arms, _ in sets.values() for name in DIVERSE if name in arms]
+    yield from origin([run | {"variants": {}} for arm in shown for run in arm.runs])
+
+
+def lenders(folder: Path, arms: dict[str, Arm]) -> tuple[dict[str, Arm], str]:
+    """The arms whose spread stands in for an arm of one seed, and what they are called: those of its folder, or, where
+    none has two seeds, those of the folder beside it of the data set that shares its search, if runs are there."""
+    if all(len(arm.runs) == 1 for arm in arms.values()):
+        from scripts.miniature_data import DATA  # here, because it imports all that makes data, and takes seconds
+
+        name = DATA[dataset(arms)].like if dataset(arms) in DATA else None
+        if name and any("arm" in read_json(path) for path in sorted((folder / ".." / name).glob("*.json"))):
+            return read_arms(folder / ".." / name), f"the arms in ../{name}"
+    return arms, "the other arms"
 
 
 def deviation(arm: Arm, arms: dict[str, Arm], step: int) -> float:
-    """Standard deviation of an arm's distance at a step: of its seeds, or, if it has one, by the seeds of the other
-    arms, as a share of the distance (root of the mean square over the arms).
+    """Standard deviation of an arm's distance at a step: of its seeds, or, if it has one, by the seeds of other arms,
+    as a share of the distance (root of the mean square over the arms).
 
     Raises:
         ValueError: no arm has two seeds at this step.
@@ -321,14 +347,18 @@ def deviation(arm: Arm, arms: dict[str, Arm], step: int) -> float:
         return float(arm.distances[place].std(ddof=1))
     several = [other for other in arms.values() if len(other.runs) > 1 and step in other.steps]
     if not several:
-        raise ValueError(f"one committed seed of arm {arm.name!r}, and no arm with two or more to take a spread from")
+        raise ValueError(
+            f"one committed seed of arm {arm.name!r}, and no arm with two or more at step {step:,} to take a spread "
+            "from, in FOLDER or in that of the data set whose search it shares (../glyphs beside glyphs-100)"
+        )
     rows = [other.distances[other.steps.index(step)] for other in several]
     shares = [row.std(ddof=1) / row.mean() for row in rows]
     return float(arm.distances[place].mean() * np.sqrt(np.mean(np.square(shares))))
 
 
-def check(run: dict, path: Path, arms: dict[str, Arm]) -> bool:
-    """Print a run's distances beside the committed seeds' intervals; whether the last one lies inside.
+def check(run: dict, path: Path, arms: dict[str, Arm], lent: dict[str, Arm], whose: str) -> bool:
+    """Print a run's distances beside the committed seeds' intervals, for one seed by the spread of arms that are `lent`
+    and whose they are; whether the last one lies inside.
 
     Raises:
         ValueError: the arm is not among them, has other settings, no step in common, or no spread is known.
@@ -348,13 +378,14 @@ def check(run: dict, path: Path, arms: dict[str, Arm]) -> bool:
     rows, inside, single = [], False, count == 1
     for step in shared:
         mean = arm.distances[arm.steps.index(step)].mean()
-        reach = DEVIATIONS * deviation(arm, arms, step) * (2**0.5 if single else 1)  # of two single runs
+        reach = DEVIATIONS * deviation(arm, lent, step) * (2**0.5 if single else 1)  # of two single runs
         inside = bool(abs(mine[step] - mean) <= reach)
         rows.append({"steps": f"{step:,}", "FD": f"{mine[step]:.4g}"})
         rows[-1] |= {"the committed seed" if single else "mean of seeds": f"{mean:.4g}"}
         rows[-1] |= {"interval": f"{mean - reach:.4g} to {mean + reach:.4g}", "": "inside" if inside else "outside"}
-    seeds = "one seed, by the other arms' spread" if single else f"{count} seeds"
-    verdict = f"{'inside' if inside else 'outside'} the spread at step {shared[-1]:,}"
+    seeds = "one seed" if single else f"{count} seeds"
+    of = f" of {whose}, as a share of FD," if single else ""
+    verdict = f"{'inside' if inside else 'outside'} the spread{of} at step {shared[-1]:,}"
     print(f"{path}: {run['dataset']}, {arm.name}, against {seeds}\n\n{table(rows)}\n\n{verdict}\n")
     return inside
 

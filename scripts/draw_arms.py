@@ -1,5 +1,6 @@
 """Figures of the miniature: distance over steps and seconds, over the size of the bank and over diversity; samples."""
 
+from collections.abc import Iterable
 from itertools import cycle, product
 from pathlib import Path
 from statistics import mode
@@ -20,6 +21,7 @@ from scripts.arms import (
     Arm,
     common_step,
     dataset,
+    made,
     rates,
     ratio_of,
     reach,
@@ -49,7 +51,14 @@ def draw(arms: dict[str, Arm], floor: float) -> Figure:
         beside = {name: arms[name] for name in ("label", "nearest-10") if name in arms}
         draw_curves(panels[1, 0], others | beside, floor)
         draw_sizes(panels[1, 1], arms, floor)
+    sign(figure, arms.values())
     return figure
+
+
+def sign(figure: Figure, arms: Iterable[Arm]) -> None:
+    """At a figure's foot: days, devices and versions of its runs, as far as their logs have them."""
+    if words := made(run for arm in arms for run in arm.runs):
+        figure.supxlabel(words, x=0.99, ha="right", fontsize="xx-small", color=COLOURS["none"])
 
 
 def draw_samples(folder: Path, arms: dict[str, Arm]) -> Figure | None:
@@ -67,6 +76,7 @@ def draw_samples(folder: Path, arms: dict[str, Arm]) -> Figure | None:
         panel.set_title(f"{name}, {arms[name].final:.3g}", fontsize="small")
     for panel in figure.axes:
         panel.set_axis_off()
+    sign(figure, (arms[name] for name in names))
     return figure
 
 
@@ -190,4 +200,5 @@ def draw_diversity(sets: dict[int, tuple[dict[str, Arm], float]], step: int) -> 
             panel.set(yscale="linear", ylim=(0, None), ylabel="ratio of steps over label, where reached")
             ends.append((max(sets), 1, "label", COLOURS["label"]))
         name_ends(panel, ends)
+    sign(figure, (arms[name] for arms, _ in sets.values() for name in DIVERSE if name in arms))
     return figure

@@ -41,6 +41,11 @@ def write(folder, arm, distances, seed=0, steps=STEPS, loss=0.3, training=None, 
     return path
 
 
+def made_on(date, device="NVIDIA H200", torch="2.11.0"):
+    """What a log says of its making."""
+    return {"made": {"date": date, "device": device, "versions": {"python": "3.12", "torch": torch}}}
+
+
 def power_law(a, b, steps=STEPS):
     return [a * step**-b for step in steps]
 
@@ -293,6 +298,19 @@ def test_an_arm_without_distances_to_training_images_has_no_place_in_their_order
 def test_without_a_baseline_nothing_is_known(tmp_path):
     write(tmp_path, "own", FLAT, copies=audit(0.002))
     assert [one.passed for one in conditions(read_arms(tmp_path), "own")] == [None] * 4 + [True, None]
+
+
+def test_where_runs_come_from_is_said_in_words():
+    """First and last day, and each device and version once, whatever the order; of other samples only if asked."""
+    late = made_on("2026-11-30T01:00:00+00:00")
+    assert known.made([{}, late]) == "2026-11-30, NVIDIA H200, torch 2.11.0"
+    runs = [late, made_on("2026-11-23") | {"variants": {"guided-1.5": made_on("2026-12-01", "CPU x86_64", "2.14.1")}}]
+    runs += [made_on("2026-11-25T23:59:59+00:00")]
+    assert known.made(runs) == "2026-11-23 to 2026-11-30, NVIDIA H200, torch 2.11.0"
+    everything = "2026-11-23 to 2026-12-01, CPU x86_64 and NVIDIA H200, torch 2.11.0 and 2.14.1"
+    assert known.made(runs, ways=True) == everything
+    assert known.made([{"made": {"date": "2026-11-23"}}, {"variants": {"sde-250": {}}}], ways=True) == "2026-11-23"
+    assert known.made([{}]) == known.made([]) == ""
 
 
 def controls(floor, snippets):

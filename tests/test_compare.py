@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import t as student
-from test_arms import FLAT, SETTINGS, audit, controls, faster, power_law, write
+from test_arms import FLAT, SETTINGS, audit, controls, faster, made_on, power_law, write
 
 from scripts import compare
 from scripts.arms import FLOOR, PRIMARY, SHARES, Arm, missing, reach, read_arms, read_run, targets
-from scripts.compare import check, reached
-from scripts.draw_arms import COLOURS, GAP, draw, draw_samples
+from scripts.compare import check, lenders, reached
+from scripts.draw_arms import COLOURS, GAP, draw, draw_diversity, draw_samples
 from scripts.miniature_data import DATA
 
 WAYS = {"guided-1.5": {"held_out": {"fd": 12.5, "precision": 0.61, "recall": 0.33}, "command": "…"}}
@@ -225,7 +225,7 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     for given, folder in zip(pages, folders, strict=True):
         assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
         if DATA[folder.name].like == folder.name:  # which has a search, and a chapter
-            chapter = report[report.index(f"## What was found on {folder.name}") :].partition("\n### ")[0]
+            chapter = re.split(r"\n###? ", report[report.index(f"## What was found on {folder.name}") :])[0]
             check_chapter(entries(chapter), given.read_text(), read_arms(folder))
     grown = (logs / "diversity.md").read_text()
     assert (tmp_path / "diversity.md").read_text() == grown, f"python -m scripts.compare {logs}/glyphs*"
@@ -238,6 +238,22 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     for arm in read_arms(logs / "glyphs-half"):
         assert halves[arm][0]["4,000 steps"] in chapter
         assert halves[arm][0]["to training images"] in chapter
+
+
+def test_the_report_quotes_the_other_baselines(root):
+    """Each mean ratio, and the distance in the name of its column."""
+    report = (root / "evaluations" / "miniature.md").read_text()
+    quoted = entries(report[report.index("## Over the other baselines") :].partition("\n## ")[0])
+    pages = {name: (root / f"benchmarks/miniature/{name}/table.md").read_text() for name in ("glyphs", "fashion")}
+    assert [*quoted] == [f"`{arm}`" for arm in PRIMARY]
+    for arm, (row, *_) in quoted.items():
+        for column, text in [*row.items()][1:]:
+            name, baseline = re.fullmatch(r"(\w+), `([\w-]+)`'s [\d.]+", column).groups()
+            found = entries(pages[name], "## Steps to the baselines")[arm.strip("`")][0]
+            title = next(key for key in found if key.startswith(f"{baseline}'s "))
+            assert title.startswith(f"{baseline}'s {column.rpartition(' ')[2]}")
+            mean = found[title].partition(";")[0]
+            assert text == (f"{mean})" if "(" in mean and ")" not in mean else mean), (arm, column)
 
 
 def test_the_report_quotes_what_exact_velocities_score(root):
@@ -443,6 +459,39 @@ def test_samples_are_of_one_seed_that_all_primary_arms_have(tmp_path):
     assert draw_samples(tmp_path, read_arms(tmp_path)) is None
 
 
+def test_pages_and_figures_say_where_their_runs_come_from(tmp_path):
+    """A page's last line, of all its runs; a figure's foot, of those that it shows, below all else in it."""
+    for name in ("glyphs", "glyphs-500"):
+        folder, date = tmp_path / name, "2026-11-23T05:19:18+00:00"
+        for arm, day in (("label", date), ("nearest-10", "2026-11-24"), ("nearest-1", date), ("nearest-50", date)):
+            ways = {"sde-250": WAYS["guided-1.5"] | made_on("2026-11-25")} if arm == "label" else {}
+            write(folder, arm, FLAT, dataset=name, variants=ways, **made_on(day))
+            Image.new("L", (12, 20)).save(folder / f"{arm}-0.png")
+        settings = {"lr": 1e-3, "scale": 1}
+        write(folder / "search", "label", FLAT, dataset=name, settings=settings, **made_on("2026-11-22", torch="2.10"))
+    folders = [tmp_path / name for name in ("glyphs", "glyphs-500")]
+    compare.main([str(folder) for folder in folders])
+    words = "2026-11-23 to 2026-11-24, NVIDIA H200, torch 2.11.0"
+    last = "Runs of 2026-11-22 to 2026-11-25, NVIDIA H200, torch 2.10 and 2.11.0; each log has its command."
+    assert (folders[0] / "table.md").read_text().splitlines()[-2:] == ["", last]
+    page = (tmp_path / "diversity.md").read_text()
+    assert page.splitlines()[-2:] == ["", f"Runs of {words}; each log has its command."]
+
+    arms = read_arms(folders[0])
+    for figure in (draw(arms, 1.5), draw_samples(folders[0], arms), draw_diversity({1: (arms, 1), 2: (arms, 2)}, 8000)):
+        figure.draw_without_rendering()
+        foot, whole = figure._supxlabel, figure.bbox
+        assert foot.get_text() == words
+        place = foot.get_window_extent()
+        assert whole.x0 < place.x0
+        assert place.x1 < whole.x1
+        assert whole.y0 < place.y0
+        assert all(place.y1 < panel.get_tightbbox().y0 for panel in figure.axes)
+    for arm in arms.values():
+        del arm.runs[0]["made"]
+    assert draw(arms, 1.5)._supxlabel is None
+
+
 def test_curves_by_another_way_to_sample(tmp_path, capsys):
     """Points that have its figures, and runs that have such points; the usual page stays as it is."""
     for arm, distances in (("label", FLAT), ("own", faster(2)), ("none", FLAT)):
@@ -492,7 +541,7 @@ def test_check_is_three_standard_deviations(tmp_path, capsys):
     assert "7 to 13" in printed
     arms = read_arms(tmp_path / "runs")
     early = write(tmp_path / "early", "own", [101, 80], 7, steps=(500, 1000))  # 500 is outside, the last one decides
-    assert check(read_run(early), early, arms)
+    assert check(read_run(early), early, arms, *lenders(tmp_path / "runs", arms))
     assert not (tmp_path / "runs" / "table.md").exists()
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "runs"), str(tmp_path / "in"), "--check", str(early)])
@@ -510,8 +559,69 @@ def test_one_committed_seed_borrows_the_spread_of_the_others(tmp_path, capsys):
     reach = 3 * 2**0.5 * (0.5 * (0.1**2 + 0.5**2)) ** 0.5 * 20
     for name, final in (("in", 20 + reach - 0.001), ("out", 20 + reach + 0.001)):
         path = write(tmp_path / name, "none", [100, 80, 60, 40, final], 7)
-        assert check(read_run(path), path, arms) == (name == "in")
-    assert "against one seed, by the other arms' spread" in capsys.readouterr().out
+        assert check(read_run(path), path, arms, *lenders(tmp_path / "runs", arms)) == (name == "in")
+        where = f"{name}side the spread of the other arms, as a share of FD, at step 8,000"
+        assert where in capsys.readouterr().out
+
+
+def test_a_data_set_of_single_seeds_borrows_the_spread_of_the_one_whose_search_it_shares(tmp_path, capsys, monkeypatch):
+    """Three seeds of glyphs deviate by a tenth of 10, so that 20 stands for 20 ± 3·√2·2, wherever one calls from."""
+    write(tmp_path / "glyphs-half", "none", [100, 80, 60, 40, 20], dataset="glyphs-half")
+    inside, outside = (
+        write(tmp_path / f"{final:.3f}", "none", [100, 80, 60, 40, final], 7, dataset="glyphs-half")
+        for final in (20 + 6 * 2**0.5 - 0.001, 20 + 6 * 2**0.5 + 0.001)
+    )
+    (tmp_path / "glyphs").mkdir()
+    (tmp_path / "glyphs" / "metric.json").write_text("{}")  # which a miniature of glyphs-half alone writes there
+    with pytest.raises(ValueError, match=r"no arm with two or more at step 500 .* \(../glyphs beside glyphs-100\)"):
+        compare.main([str(tmp_path / "glyphs-half"), "--check", str(inside)])
+    for seed, final in enumerate((9, 10, 11)):
+        write(tmp_path / "glyphs", "own", [100, 80, 60, 40, final], seed, dataset="glyphs")
+        write(tmp_path / "fashion", "own", [100, 80, 60, 40, 10 * final], seed, dataset="fashion")
+    monkeypatch.chdir(tmp_path / "glyphs-half")
+    for path, word in ((inside, "inside"), (outside, "outside")):
+        with pytest.raises(SystemExit) as status:
+            compare.main([".", "--check", str(path)])
+        assert bool(status.value.code) == (word == "outside")
+        said = f"{word} the spread of the arms in ../glyphs, as a share of FD, at step 8,000"
+        assert said in capsys.readouterr().out.splitlines()
+    for seed, final in enumerate((1, 9)):  # its own come first
+        write(tmp_path / "glyphs-half", "own", [100, 80, 60, 40, final], seed, dataset="glyphs-half")
+    with pytest.raises(SystemExit) as status:
+        compare.main([".", "--check", str(outside)])
+    assert not status.value.code
+    assert "the spread of the other arms" in capsys.readouterr().out
+
+
+def checked(folder, paths, capsys):
+    """What --check prints of runs that all lie inside; a text each."""
+    with pytest.raises(SystemExit) as status:
+        compare.main([str(folder), "--check", *map(str, paths)])
+    printed = capsys.readouterr().out
+    assert not status.value.code, printed
+    return re.findall(r"^(?:inside|outside) .*", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"])
+def test_committed_runs_of_single_seeds_pass_their_own_check(root, name, capsys):
+    folder = root / "benchmarks" / "miniature" / name
+    paths = [path for path in sorted(folder.glob("*.json")) if "arm" in json.loads(path.read_text())]
+    assert len(paths) == 3
+    said = "inside the spread of the arms in ../glyphs, as a share of FD, at step 4,000"
+    assert checked(folder, paths, capsys) == [said] * 3
+
+
+@pytest.mark.parametrize(("name", "count", "last"), [("glyphs", 3, "8,000"), ("fashion", 2, "4,000")])
+def test_runs_that_were_trained_again_lie_inside_the_committed_spread(root, name, count, last, capsys):
+    """They are trainings of their own: no distance is that of the committed run of the same seed."""
+    folder = root / "benchmarks" / "miniature" / name
+    paths = sorted((folder / "again").glob("*-0.json"))
+    assert len(paths) == count
+    for path in paths:
+        again, before = (json.loads(one.read_text()) for one in (path, folder / path.name))
+        assert again["made"]["date"] > before["made"]["date"]
+        assert again["curve"][-1]["held_out"]["fd"] != before["curve"][-1]["held_out"]["fd"]
+    assert checked(folder, paths, capsys) == [f"inside the spread at step {last}"] * count
 
 
 def test_what_does_not_compare_is_refused(tmp_path):
@@ -523,7 +633,7 @@ def test_what_does_not_compare_is_refused(tmp_path):
     def refused(text, arm="own", **changes):
         path = write(tmp_path / "mine", arm, changes.pop("distances", [5] * 5), **changes)
         with pytest.raises(ValueError, match=text):
-            check(read_run(path), path, arms)
+            check(read_run(path), path, arms, *lenders(tmp_path / "runs", arms))
 
     refused("no runs of arm 'label' to compare with, only of none, own", arm="label")
     refused("arm 'own': lr: 0.1 and 0.0005", settings=SETTINGS | {"lr": 0.1})
