@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resident", action="store_true", help="keep all that steps read on the GPU (latents of 1.28M images: 21 GB)")
     add("--workers", type=int, default=0, help="reading processes for each training process, where the disk is slow")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (WANDB_MODE=offline works)")
-    add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more time")
+    add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay as CUDA graphs; on with a GPU")
     add("--dry-run", action="store_true", help="only print configuration, parameters, memory, disk, missing files")
     args = parser.parse_args(argv)

@@ -1,10 +1,11 @@
 """How fast a store is read: ImageNet-shaped moments and features, in batches, from the page cache.
 
-    taskset -c 0,1 python -m benchmarks.bench_data
+    taskset -c 0,1 python -m benchmarks.bench_data --out benchmarks/results/data.json
 
 Makes a store of random moments (8×32×32 float16) and 768 float16 features, which leaves it in the page cache, then
 takes seeded batches through `LatentDataset` as training does: by direct calls and by a DataLoader with 0, 1 and 2
-workers, the tensors arriving in the training process. The target is 30,000 samples/s on two cores.
+workers, the tensors arriving in the training process. Before each is timed, some batches are compared with the same
+rows of the files. The target is 30,000 samples/s on two cores.
 """
 
 import argparse
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import FORMAT, META, LatentDataset, StepSampler, layout
+from dataset import FORMAT, LABELS, META, LatentDataset, StepSampler, layout
 from memory.files import write_json
-from memory.provenance import provenance
+from memory.provenance import peak_memory, provenance
 
 FEATURES = "random"
+FILES = {"moments": "latents.npy", "feature": f"features/{FEATURES}.npy", "label": LABELS}  # of a batch's tensors
+READERS = {"direct calls": None} | {f"DataLoader, {workers} workers": workers for workers in range(3)}
+COMPARED = 3  # batches of each reader
 
 
 def make_store(folder: Path, num_images: int) -> None:
@@ -38,8 +42,26 @@ def make_store(folder: Path, num_images: int) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(folder / file, "w+", dtype, shape)
         for row in range(0, num_images, 4096):
-            array[row : row + 4096] = rng.random(array[row : row + 4096].shape, np.float32)
+            array[row : row + 4096] = 1000 * rng.random(array[row : row + 4096].shape, np.float32)  # labels differ, too
     write_json(folder / META, meta)
+
+
+def read(folder: Path, sampler: StepSampler, workers: int | None) -> Iterable[dict]:
+    """Batches at the sampler's addresses, by direct calls or by a DataLoader with `workers`."""
+    dataset = LatentDataset(folder, FEATURES)
+    if workers is None:
+        return (dataset[address] for address in sampler)
+    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=workers)
+
+
+def compare(batches: Iterable[dict], sampler: StepSampler, folder: Path) -> None:
+    """AssertionError unless the batches are, bit for bit, what numpy reads of the same rows, one after the other."""
+    files = {key: np.load(folder / file, mmap_mode="r") for key, file in FILES.items()}
+    for batch, (step, rows, views) in zip(batches, sampler, strict=True):
+        assert batch["step"] == step
+        for key, file in files.items():
+            expected = [file[row, view] if file.ndim > 1 else file[row] for row, view in zip(rows, views, strict=True)]
+            assert np.array_equal(batch[key].numpy(), np.stack(expected)), f"step {step}: {key} is not what is stored"
 
 
 def samples_per_second(batches: Iterable[dict], warm_up: int) -> float:
@@ -66,20 +88,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="samples a batch")
     parser.add_argument("--steps", type=int, default=2048, help="batches to take; the first quarter is not timed")
     parser.add_argument("--folder", help="where to put the random store (default: the temporary directory)")
-    parser.add_argument("--out", default="benchmarks/results/data.json", help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+
+    def addresses(stop: int) -> StepSampler:
+        return StepSampler(arguments.num_images, arguments.batch_size, 1, seed=0, start=0, stop=stop)
+
     folder, rates = Path(tempfile.mkdtemp(dir=arguments.folder)), {}
     try:
         make_store(folder, arguments.num_images)
-        for reader in ("direct calls", 0, 1, 2):
-            dataset = LatentDataset(folder, FEATURES)
-            sampler = StepSampler(len(dataset), arguments.batch_size, 1, seed=0, start=0, stop=arguments.steps)
-            if reader == "direct calls":
-                batches = (dataset[address] for address in sampler)
-            else:
-                batches = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=reader)
-                reader = f"DataLoader, {reader} workers"
+        for reader, workers in READERS.items():
+            compare(read(folder, addresses(COMPARED), workers), addresses(COMPARED), folder)
+            batches = read(folder, addresses(arguments.steps), workers)
             rates[reader] = round(samples_per_second(batches, arguments.steps // 4))
             print(f"{reader:24s} {rates[reader]:10,d} samples/s")
     finally:
@@ -88,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         "samples_per_second": rates,
         "batch_size": arguments.batch_size,
         "num_images": arguments.num_images,
+        "peak_host_bytes": peak_memory()["host"],  # of this process, with the pages of the store that it maps
         "device": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
     }
     write_json(arguments.out, provenance(argv) | result)

@@ -273,6 +273,7 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict]:
     """All tables, printed and yielded as they grow."""
     work.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # empty, and of all processes here
+    os.environ["TRITON_CACHE_DIR"] = str(work / "compiled" / "triton")  # also of kernels that are launched without it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = make_checkpoint(work, args.model, args.image_size, args.bank_rows, args.small)
     result = {"model": args.model, "image_size": args.image_size, "bank_rows": args.bank_rows, "commands": []}

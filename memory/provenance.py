@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy", "pillow", "torch-fidelity")
+LIBRARIES = ("torch", "triton", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy", "pillow")
+LIBRARIES += ("torch-fidelity",)
 
 
 def provenance(argv: list[str] | None = None, processes: int = 1) -> dict:
@@ -56,7 +57,7 @@ def _git(*words: str) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that decide numbers."""
+    """Versions of the installed libraries that decide numbers, none of which is imported for it."""
     versions = {}
     for name in LIBRARIES:
         try:

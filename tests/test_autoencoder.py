@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from memory.files import sha256
 from models.autoencoder import CONFIG, WEIGHTS, check_codec, codecs, latents_from_moments, load_codec, to_uint8
@@ -208,6 +209,26 @@ def test_what_suits_a_gpu_changes_only_rounding(folder, monkeypatch):
     assert compiled == [(fast.vae.encoder, {"dynamic": False})]
     load_codec("pixels").compile_encoder()
     assert len(compiled) == 1
+
+
+def test_the_compiled_decoder_makes_the_same_pixels(monkeypatch):
+    """By a real compiler; the parts of a batch are of one size, so it compiles once."""
+    monkeypatch.setattr("models.autoencoder.DECODED_PIXELS", 2 * 32**2)  # two images at a time
+    codec = load_codec("assets/fashion-mnist-vae")
+    latents = torch.randn(4, *codec.meta(32)["latent_shape"], generator=torch.Generator().manual_seed(1))
+    expected = to_uint8(codec.decode(latents)).int()
+    torch._dynamo.reset()
+    counters.clear()
+    codec.compile_decoder()
+    decoder, called = codec.vae.decoder, []
+    compiled = decoder._compiled_call_impl
+    decoder._compiled_call_impl = lambda *given, **more: called.append(len(given[0])) or compiled(*given, **more)
+    decoded = to_uint8(codec.decode(latents)).int()
+    assert called == [2, 2]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"], "not compiled by inductor"
+    assert (decoded - expected).abs().max() <= 1
+    assert expected.float().std() > 10, "images that are flat would agree anyhow"
 
 
 def test_hub_codecs_read_the_cached_folder(folder, monkeypatch):

@@ -1,25 +1,37 @@
 """The benchmark of sampling, tiny and on a CPU: the real command runs, and the tables hold together."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 import sample_ddp
 from benchmarks import bench_sample
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
 
 def test_every_table_at_a_tiny_size(tmp_path, monkeypatch):
+    compiled = []
+
     def run_here(words, memory_gib):  # in this process, which has everything imported
         assert memory_gib is None
+        compiled.append([Path(os.environ[name]) for name in CACHES])
+        if len(compiled) == 1:
+            assert not any(file.is_file() for cache in compiled[0] for file in cache.rglob("*"))
         return sample_ddp.main(words) is None
 
     monkeypatch.setattr(bench_sample, "run_command", run_here)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    for name in CACHES:
+        monkeypatch.setenv(name, "put back afterwards")
     words = ["--model", "SiT-Ti/2", "--image-size", 32, "--bank-rows", 20, "--num-images", 3, "--steps", 3, "--few", 2]
     words += ["--batches", 2, 1, "--small", "--no-compile", "--reference", "--profile", "--work", tmp_path]
     bench_sample.main([str(word) for word in (*words, "--out", tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
 
+    assert compiled == [[cache for cache in compiled[0] if cache.is_relative_to(tmp_path)]] * 2
+    assert len(set(compiled[0])) == len(CACHES)
     first, second = result["commands"]
     assert (first["images"], first["batch"], first["evaluations"]) == (3, 2, 3)
     assert (second["images"], second["evaluations"]) == (2, 2)

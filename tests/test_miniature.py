@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,8 @@ from dataset import LatentDataset, read_meta
 from evaluations import evaluator
 from memory.bank import MemoryBank
 from models.encoder import load_encoder
-from scripts import encode_dataset, make_assets, miniature, miniature_data, miniature_run
+from scripts import compare, encode_dataset, make_assets, miniature, miniature_data, miniature_run
+from scripts.arms import DIVERSE, LEAST, PRIMARY, SEEDS, whole_steps
 from scripts.miniature_data import ARMS, BESIDE, DATA, DRAWS, ENCODER, METRIC, SAMPLERS
 
 HEUN = {"heun-50": (*BESIDE["heun-50"], "--seed", "77")}  # after two steps of training, both methods sample the same
@@ -393,3 +396,39 @@ def test_bad_arms_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
         miniature.main(["fashion", *words])
     assert message in capsys.readouterr().err
+
+
+def test_the_script_of_the_whole_protocol_has_every_arm(root, tmp_path):
+    """miniature.sh, whose `python` only notes its words: searches first, then each arm once, its seeds, its steps."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >>"$WORDS"\n')
+    (tmp_path / "python").chmod(0o755)
+    logs, path = tmp_path / "logs", f"{tmp_path}:{os.environ['PATH']}"
+    shell = os.environ | {"PATH": path, "VIRTUAL_ENV": "x", "WORDS": str(tmp_path / "words"), "LOGS": str(logs)}
+    subprocess.run(["bash", root / "scripts" / "miniature.sh", "--seconds", "60"], env=shell, check=True)
+    lines = [line.split() for line in (tmp_path / "words").read_text().splitlines()]
+    asked = [miniature.parse(words[2:]) for words in lines if words[1] == "scripts.miniature"]
+    assert {(args.logs, args.seconds) for args in asked} == {(logs, 60)}
+
+    searches = {args.dataset: args.arms for args in asked if args.search}
+    assert all(args.search for args in asked[: len(searches)])
+    searched = [arm for arm in ARMS if ARMS[arm].like is None]
+    assert searches == {kind.like: searched for kind in DATA.values()}
+    varied = [arm for arm in ARMS if ARMS[arm].variants]
+    assert {args.dataset: args.arms for args in asked if args.variants} == {name: varied for name in searches}
+    assert not any(args.variants for args in asked[: -len(searches)])
+    runs = [args for args in asked if not (args.search or args.variants)]
+    given = [(args.dataset, arm, args.seeds, args.steps) for args in runs for arm in args.arms]
+    expected = [(name, arm, [0], LEAST) for name in DATA.keys() - searches.keys() for arm in DIVERSE]
+    for name in searches:
+        expected += [(name, arm, [*range(SEEDS)], whole_steps(name)) for arm in PRIMARY]
+        expected += [(name, arm, [0], LEAST) for arm in ARMS.keys() - set(PRIMARY)]
+    assert sorted(given) == sorted(expected)
+
+    assert [words[1] for words in lines[len(asked) :]] == ["scripts.compare"] * 4
+    drawn = [compare.parse(words[2:]) for words in lines[len(asked) :]]
+    for way in (None, *BESIDE):
+        folders = [folder for args in drawn if args.by == way for folder in args.folders]
+        assert sorted(folders) == sorted(logs / name for name in DATA)
+    for name in searches:  # its own weights would give figures that do not compare
+        weights = f"{name}/metric.safetensors"
+        assert (logs / weights).read_bytes() == (root / "benchmarks" / "miniature" / weights).read_bytes()

@@ -1,6 +1,8 @@
 """Code version with and without git; nothing private; plain values."""
 
+import importlib.metadata
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,20 @@ def test_states_what_ran():
 def test_command_of_this_process(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", "--out", "x"])
     assert provenance()["command"] == ["train.py", "--out", "x"]
+
+
+def test_triton_is_named_without_being_imported(monkeypatch):
+    """It compiles kernels; of a machine that lacks it nothing is said."""
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setitem(sys.modules, "triton", None)  # so that an import fails
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for installed in ({"torch": "2.11.0", "triton": "3.6.0"}, {"torch": "2.11.0"}):
+        assert provenance()["versions"] == {"python": platform.python_version()} | installed
 
 
 def test_code_version_follows_the_commit_and_its_changes(tmp_path, monkeypatch):

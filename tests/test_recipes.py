@@ -30,6 +30,7 @@ from scripts.quoted import QUOTED
 from scripts.sources import open_source
 
 ELSEWHERE = {"demo.sh": "tests/test_demo.py", "fetch.sh": "tests/test_fetch.py", "test.sh": ".ci/run"}
+ELSEWHERE |= {"miniature.sh": "tests/test_miniature.py"}
 SOURCED = {"launch.sh", "imagenet.sh", "setup.sh"}
 STAGES = ["encode-imagenet.sh", "build-bank-imagenet.sh", "train-gmem-xl.sh", "train-gmem-b.sh", "train-sit-xl.sh"]
 STAGES += ["train-repa-xl.sh", "sample-gmem-xl.sh", "sample-gmem-xl-ode.sh", "sample-sit-xl.sh", "sample-repa-xl.sh"]
