@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import sample_ddp
+from memory.bank import snippet_rules
 from memory.files import sha256
 from models.autoencoder import load_codec
 from models.checkpoint import load_model
 from models.encoder import load_encoder
+from samplers import SNIPPET_DRAW, noise, uniform
+from scripts.images import square
 from scripts.make_assets import framed, main, measure, model_card, rows, standardise, statistics
 from scripts.sources import open_source
 
@@ -81,6 +84,64 @@ def test_model_is_the_one_that_its_card_describes(root):
     samples = report["rows"]["samples"]["metrics"]["held-out"]
     for name, digits in (("FD-resnet18@64", ".2f"), ("Precision-resnet18@64", ".2f"), ("Recall-resnet18@64", ".2f")):
         assert re.search(rf"\b{samples[name]:{digits}}\b", readme), name
+
+
+def quoted_rows(readme: str) -> list[list[str]]:
+    """The cells of the tables under that heading of assets/README.md, row by row."""
+    text = readme.partition("### Scores to repeat")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_readme_quotes_the_record_of_scores(root):
+    """Each figure of the record stands in the table as it is, and the record is of the files that are shipped."""
+    folder = root / "assets/gmem-fashion-mnist"
+    record, readme = json.loads((folder / "scores.json").read_text()), (root / "assets/README.md").read_text()
+    assert record["model"]["sha256"] == sha256(folder / "model.safetensors")
+    assert record["judge"]["sha256"] == sha256(root / record["judge"]["weights"])
+    expected = []
+    for row in record["rows"]:
+        draws = f" ± {row['deviation']['fd']:#.2g}" if "deviation" in row else ""
+        figures = [f"{row['fd']:#.3g}{draws}", *(f"{row[name]:.3f}" for name in ("precision", "recall"))]
+        expected.append([row["images"], f"{row['num_images']:,}", *figures])
+    for row in record["chance"]["rows"][2:]:
+        assert f"{abs(row['more_than_euler']):.2f} ± {row['standard_error_of_it']:.2f}" in readme, row["images"]
+    pairs = ("row and brightness", "mean of the noise and brightness", "row and mean of the noise")
+    for rule in ("noise", "random"):
+        values = [record["row_position_and_brightness"][rule][pair] for pair in pairs]
+        expected.append(
+            [f"`{rule}`", *(f"{value['correlation']:.3f} ± {value['standard_error']:.3f}" for value in values)]
+        )
+    assert [cells for cells in quoted_rows(readme) if re.search(r"\d", " ".join(cells[1:]))] == expected
+    for fact in (record["run"]["date"][:10], f"torch {record['run']['versions']['torch']}", record["judge"]["encoder"]):
+        assert fact in readme.partition("### Scores to repeat")[2], fact
+
+
+def test_recorded_code_frames_images_as_the_store_does(root, tmp_path):
+    """The record's lines, on the shipped images: reference and controls are what encode_dataset would have stored."""
+    record = json.loads((root / "assets/gmem-fashion-mnist/scores.json").read_text())
+    words = {"FOLDER": str(root / "assets/fashion-mnist"), "OUT": str(tmp_path), "2500": "16"}
+    lines = "\n".join(record["commands"]["sets"])
+    exec(re.sub("|".join(words), lambda found: words[found[0]], lines), {})
+    for name, part in (("test", "t10k"), ("real-0", "train")):
+        pixels = np.load(tmp_path / f"{name}.npz")["arr_0"]
+        source = open_source(root / f"assets/fashion-mnist/{part}-images-idx3-ubyte.gz")
+        stored = [square(source.image(row), 32, 3, source.on_black) for row in range(len(source.names))]
+        assert len(pixels) == (1000 if name == "test" else 16)
+        assert {image.tobytes() for image in pixels} <= {image.transpose(1, 2, 0).tobytes() for image in stored}
+    decoded = np.load(tmp_path / "vae.npz")["arr_0"].astype(float)
+    assert 0 < np.abs(decoded - pixels).mean() < 8  # pixels: of real-0
+
+
+def test_recorded_rows_are_those_that_the_noise_points_to(root):
+    """The record's correlation of row and noise, which needs no images, comes out again."""
+    record = json.loads((root / "assets/gmem-fashion-mnist/scores.json").read_text())["row_position_and_brightness"]
+    bank, images = load_model(root / "assets/gmem-fashion-mnist")[2], torch.arange(record["noise"]["num_images"])
+    z, u = noise(0, images, 0, (4, 8, 8)), uniform(0, images, SNIPPET_DRAW)
+    for rule, choose in snippet_rules.items():
+        pair = torch.stack([choose(bank, z, u).double(), z.double().mean((1, 2, 3))])
+        recorded = record[rule]["row and mean of the noise"]["correlation"]
+        assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(recorded, abs=1e-3)
 
 
 def test_model_draws_clothes(root, tmp_path):
