@@ -20,7 +20,6 @@ import torch
 from benchmarks.bench_train import show, synchronize
 from memory.files import write_json
 from memory.provenance import provenance
-from memory.trust import triton_release
 from models.agreement import Comparison, Error, trusted, trusted_update, update_errors
 from models.inference import round_weights
 from models.kernels import can_fuse, can_pack, entrance, fast_attention
@@ -101,9 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [compare(model, *use, device) for model in args.models for use in USES]
     columns = {"model": "", "tokens": "", "head": "", "precision": "", "trains": "", "seconds": ".1f", "again": ".2f"}
     show(rows, columns | {"kept_mb": ".0f", "share": ".2f", "attention": ".2f", "chosen": ""})
-    made = provenance(argv)
-    made["versions"]["triton"] = triton_release()
-    write_json(args.out, made | {"update": update, "rows": rows})
+    write_json(args.out, provenance(argv) | {"update": update, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from benchmarks.bench_train import difference, randomize, show
 from memory.files import write_json
 from memory.provenance import provenance
-from memory.trust import triton_release
 from models.inference import round_weights
 from models.kernels import can_fuse, compile_blocks, fast_attention
 from models.sit import SiT_models
@@ -331,9 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     if not can_fuse(device):
         raise ValueError("the kernels need a GPU since Ampere and Triton, and this machine lacks one or the other")
     for result in measure(args, device):
-        made = provenance(argv)
-        made["versions"]["triton"] = triton_release()
-        write_json(args.out, made | result)
+        write_json(args.out, provenance(argv) | result)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:

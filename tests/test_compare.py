@@ -329,7 +329,11 @@ def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, 
         assert " instead of ".join(pair) in short
     rounded = [f"{float(ratio[:-1]):.1f}" for arm in ("nearest-10", "own") for ratio in ratios["glyphs", arm]]
     assert "end at {} instead of {}, and the ratios".format(*lasts["glyphs", "label"]) in readme
-    assert "are {} instead of {} for the bank and {} instead of {} for own features".format(*rounded) in readme
+    rounded += [f"{float(ratio[:-1]):.1f}" for ratio in ratios["fashion", "nearest-10"]]
+    words = (
+        "are {} instead of {} for the bank and {} instead of {} for own features; on Fashion-MNIST the bank's is {} "
+    )
+    assert f"{words}instead of {{}}".format(*rounded) in readme
 
 
 CONDITIONS = {  # of the README's table
