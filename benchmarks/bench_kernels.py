@@ -1,10 +1,12 @@
-"""Which launch parameters models/fused.py's kernels are fastest with on this GPU, and what products save it.
+"""Which launch parameters the kernels of models/fused.py and models/attention.py are fastest with on this GPU, and what
+products save it.
 
     python -m benchmarks.bench_kernels --network --out benchmarks/results/kernels.json
 
 At the shapes of SiT-XL/2 and in bf16, random data. Each kernel runs as a CUDA graph, with the sums that follow it, for
 every choice in its sweep, compared with float64 before it is timed: `ms` is the median, the GPU's cache emptied before
-each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what models/fused.py has now.
+each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what those files have now. Of
+attention's backward pass all kernels are timed at once, with the parameters of one of them changed (KEYS, QUERIES).
 The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
 a GPU's clock falls under a steady load; so are the products that give weights their gradients: as PyTorch forms them,
 transposed, and with float32 coming out instead of bf16 that another kernel widens. With --network whole compiled
@@ -32,12 +34,12 @@ from models.inference import round_weights
 from models.kernels import can_fuse, compile_blocks, fast_attention
 from models.sit import SiT_models
 
-MODEL, TOKENS, WIDTH, HALF, EPS = "SiT-XL/2", 256, 1152, torch.bfloat16, 1e-6
+MODEL, TOKENS, WIDTH, HEADS, HALF, EPS = "SiT-XL/2", 256, 1152, 16, torch.bfloat16, 1e-6
 TOLERANCE = 3e-3  # relative, of results rounded to bf16
 IN_A_ROW, TURNS = 500, 3
 NETWORK_BATCH, EVALUATIONS, COMPARED = 256, 100, 16  # images; evaluations in a row; images compared with float32
 TRAINED_BATCH, PASSES, AT_ONCE = 128, 20, 32  # images; passes forward and backward in a row; images at once in float32
-CHOICES = {  # launch parameters that are tried, by the name of those of models/fused.py
+CHOICES = {  # launch parameters that are tried, by the name of those of models/fused.py or, IN_ATTENTION, attention.py
     "JOIN": {"num_warps": [1, 2, 4, 8]},
     "JOIN_BACKWARD": {"chunk": [16, 32, 64], "stages": [2, 3, 4], "num_warps": [4, 8]},
     "ACTIVATE": {"block": [2048, 4096, 8192], "num_warps": [4, 8]},
@@ -48,8 +50,12 @@ CHOICES = {  # launch parameters that are tried, by the name of those of models/
         "stages": [2, 3],
         "num_warps": [4],
     },
+    "KEYS": {"step": [32, 64], "stages": [2, 3], "num_warps": [4]},
+    "QUERIES": {"step": [32, 64, 128], "stages": [2, 3], "num_warps": [4]},
 }
+IN_ATTENTION = ("KEYS", "QUERIES")
 IMAGES = {"JOIN": [256, 128, 16], "JOIN_BACKWARD": [128, 32], "ACTIVATE": [256, 16], "ACTIVATE_BACKWARD": [128, 32]}
+IMAGES |= {name: [128, 32] for name in IN_ATTENTION}
 GELU_IMAGES = [256, 64, 16]
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # numbers in and out, in widths
 GRADIENT_IMAGES = [128, 32]
@@ -60,6 +66,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a weight's gradie
     "transposed, float32 out": lambda d_out, x: torch.mm(x.t(), d_out, out_dtype=torch.float32).t().contiguous(),
 }
 BYTES = {"JOIN": 12, "JOIN_BACKWARD": 18, "ACTIVATE": 16, "ACTIVATE_BACKWARD": 24}  # for each of B·T·D numbers
+BYTES |= dict.fromkeys(IN_ATTENTION, 16)
 Work = Callable[[], tuple[Tensor, ...]]
 
 
@@ -120,11 +127,31 @@ def activate_backward_work(images: int, device: torch.device) -> tuple[Work, Wor
     return lambda: fused._activate_backward_op(d_active, hidden), exact
 
 
+def attention_backward_work(images: int, device: torch.device) -> tuple[Work, Work]:
+    """The kernels of `attention`'s gradients and their sums, and the same in float64."""
+    from models import attention
+
+    qkv, d_out = (torch.randn(images, TOKENS, parts * WIDTH, device=device).to(HALF) for parts in (3, 1))
+    out, lse = attention._attention_op(qkv, qkv.new_zeros(3 * WIDTH), HEADS)
+
+    @torch.enable_grad()
+    def exact() -> tuple[Tensor, ...]:
+        wide = qkv.double().requires_grad_()
+        q, k, v = wide.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, S) each
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        (gradient,) = torch.autograd.grad((weights @ v).transpose(1, 2).flatten(2), wide, d_out.double())
+        d_queries, d_keys, d_values = gradient.sum((0, 1)).chunk(3)
+        return gradient, torch.cat([d_queries, torch.zeros_like(d_keys), d_values])
+
+    return lambda: attention._attention_backward_op(d_out, qkv, out, lse, HEADS), exact
+
+
 WORKS = {
     "JOIN": lambda images, device: join_work(images, device)[:2],
     "JOIN_BACKWARD": join_backward_work,
     "ACTIVATE": activate_work,
     "ACTIVATE_BACKWARD": activate_backward_work,
+    **dict.fromkeys(IN_ATTENTION, attention_backward_work),
 }
 
 
@@ -173,7 +200,7 @@ def sweep(name: str, images: int, device: torch.device) -> Iterator[dict]:
     wanted = exact()
     for values in itertools.product(*CHOICES[name].values()):
         setting = dict(zip(CHOICES[name], values, strict=True))
-        with mock.patch.dict(getattr(fused, name), setting), mock.patch.object(fused, "PROGRAMS", 0):
+        with mock.patch.dict(parameters(name), setting), mock.patch.object(fused, "PROGRAMS", 0):
             error = max(difference([given], [expected]) for given, expected in zip(work(), wanted, strict=True))
             assert error <= TOLERANCE, f"{name} with {setting}: off by {error:.2g} of its size"
             ms = milliseconds(recorded(work))
@@ -182,11 +209,18 @@ def sweep(name: str, images: int, device: torch.device) -> Iterator[dict]:
         yield row | {"tb_s": BYTES[name] * images * TOKENS * WIDTH / ms / 1e9}
 
 
+def parameters(name: str) -> dict[str, int]:
+    """The launch parameters themselves, which a sweep changes in place."""
+    from models import attention, fused
+
+    return getattr(attention if name in IN_ATTENTION else fused, name)
+
+
 def in_use(name: str, images: int) -> dict[str, int]:
-    """What models/fused.py launches a kernel with for so many images."""
+    """What a kernel is launched with for so many images."""
     from models import fused
 
-    chosen = dict(getattr(fused, name))
+    chosen = dict(parameters(name))
     return chosen | {"chunk": fused.chunk_of(images, TOKENS)} if name == "JOIN_BACKWARD" else chosen
 
 

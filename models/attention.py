@@ -1,17 +1,19 @@
-"""Attention of short sequences: cuDNN forward, and a Triton kernel backward, on queries, keys and values in one tensor.
+"""Attention of short sequences: cuDNN forward, and Triton kernels backward, on queries, keys and values in one tensor.
 
 The heads of SiT-XL have 72 dimensions and see 256 tokens: general kernels pad the heads to 128, and their gradients of
 queries, keys and values are packed in a pass of its own. Here a head is split into a power of two and a small rest, the
 gradients are written where the projection's gradient needs them, and their sums over tokens, the gradient of the
-projection's bias, are formed on the way (keys have none: what is added to all of them changes no weight). Scores are
-computed twice, once for the gradients of queries and once for those of keys and values, so that few registers are
-needed and several programs share a multiprocessor. With P = softmax(q·kᵀ/√S), made again from the logarithms of its
-rows' sums (`lse`) that the forward pass keeps, and `inner`, the sums over S of d_out ∘ out, the gradients are
-(FlashAttention-2, arXiv 2307.08691, algorithm 2)
+projection's bias, are formed on the way (keys have none: what is added to all of them changes no weight). With
+P = softmax(q·kᵀ/√S), made again from the logarithms of its rows' sums (`lse`) that the forward pass keeps, and `inner`,
+the sums over S of d_out ∘ out, the gradients are (FlashAttention-2, arXiv 2307.08691, algorithm 2)
 
     d_v = Pᵀ·d_out,   d_scores = P ∘ (d_out·vᵀ − inner),   d_q = d_scores·k/√S,   d_k = d_scoresᵀ·q/√S
 
-Shapes: B images, T tokens, H heads of size S, D = H·S; qkv (B, T, 3·D), out (B, T, D).
+The kernel of keys and values leaves d_scores for that of queries, so that scores are computed once; for sequences this
+short that is faster than to compute them twice, and costs B·H·T² numbers for the time of one layer.
+
+Shapes: B images, T tokens, H heads of size S, D = H·S; qkv (B, T, 3·D), out (B, T, D), d_scores (B, H, T, T), a row for
+each key.
 """
 
 import math
@@ -28,66 +30,35 @@ REST = 16  # least columns of a matrix product
 # Triton 3.6 for an H200 their gradients are wrong.
 SHAPES = ((256, 72), (256, 64), (64, 64))
 BLOCK = 64  # tokens of a program
-QUERIES = {"step": 64, "stages": 2, "num_warps": 4}  # tokens at once against them, loads ahead, warps
+# Tokens at once against them, loads ahead: about the fastest of benchmarks/bench_kernels.py for SiT-XL on an H200.
 KEYS = {"step": 64, "stages": 3, "num_warps": 4}
+QUERIES = {"step": 64, "stages": 3, "num_warps": 4}
 
 
 @triton.jit
-def attention_queries_kernel(
-    qkv, out, d_out, lse, d_qkv, inner, sums, heads,
-    factor: tl.constexpr, tokens: tl.constexpr, size: tl.constexpr, main: tl.constexpr, rest: tl.constexpr,
-    block: tl.constexpr, step: tl.constexpr, stages: tl.constexpr,
+def attention_inner_kernel(
+    out, d_out, inner, heads,
+    tokens: tl.constexpr, size: tl.constexpr, main: tl.constexpr, rest: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     part, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, image = program % heads, program // heads
     width = heads * size
-    dtype = qkv.dtype.element_ty
     low, high = tl.arange(0, main), main + tl.arange(0, 16)
-    known, inside = (low < size)[None, :], (high < size)[None, :]
     numbers = part * block + tl.arange(0, block)
-    packed = image * tokens * 3 * width + head * size
-    queries = packed + numbers[:, None] * 3 * width
-    outputs = image * tokens * width + head * size + numbers[:, None] * width
-    q0 = tl.load(qkv + queries + low[None, :], mask=known, other=0.0)
-    g0 = tl.load(d_out + outputs + low[None, :], mask=known, other=0.0)
-    o0 = tl.load(out + outputs + low[None, :], mask=known, other=0.0)
-    products = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)  # (block,)
-    d_q0 = tl.zeros([block, main], tl.float32)
+    places = image * tokens * width + head * size + numbers[:, None] * width
+    inside = (low < size)[None, :]
+    given = tl.load(out + places + low[None, :], mask=inside, other=0.0).to(tl.float32)
+    products = tl.sum(given * tl.load(d_out + places + low[None, :], mask=inside, other=0.0).to(tl.float32), 1)
     if rest:
-        q1 = tl.load(qkv + queries + high[None, :], mask=inside, other=0.0)
-        g1 = tl.load(d_out + outputs + high[None, :], mask=inside, other=0.0)
-        o1 = tl.load(out + outputs + high[None, :], mask=inside, other=0.0)
-        products += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
-        d_q1 = tl.zeros([block, 16], tl.float32)
+        inside = (high < size)[None, :]
+        given = tl.load(out + places + high[None, :], mask=inside, other=0.0).to(tl.float32)
+        products += tl.sum(given * tl.load(d_out + places + high[None, :], mask=inside, other=0.0).to(tl.float32), 1)
     tl.store(inner + program * tokens + numbers, products)
-    largest = tl.load(lse + program * tokens + numbers) * LOG2_E
-    for j in tl.range(0, tokens, step, num_stages=stages):
-        keys = packed + width + (j + tl.arange(0, step))[:, None] * 3 * width
-        k0 = tl.load(qkv + keys + low[None, :], mask=known, other=0.0)
-        v0 = tl.load(qkv + keys + width + low[None, :], mask=known, other=0.0)
-        scores = tl.dot(q0, tl.trans(k0))  # (block, step): queries by keys
-        d_weights = tl.dot(g0, tl.trans(v0))
-        if rest:
-            k1 = tl.load(qkv + keys + high[None, :], mask=inside, other=0.0)
-            v1 = tl.load(qkv + keys + width + high[None, :], mask=inside, other=0.0)
-            scores = tl.dot(q1, tl.trans(k1), scores)
-            d_weights = tl.dot(g1, tl.trans(v1), d_weights)
-        weights = tl.exp2(scores * (factor * LOG2_E) - largest[:, None])
-        d_scores = (weights * (d_weights - products[:, None])).to(dtype)
-        d_q0 = tl.dot(d_scores, k0, d_q0)
-        if rest:
-            d_q1 = tl.dot(d_scores, k1, d_q1)
-    place = sums + (image * (tokens // block) + part) * 2 * width + head * size
-    tl.store(d_qkv + queries + low[None, :], (d_q0 * factor).to(dtype), mask=known)
-    tl.store(place + low, tl.sum(d_q0, 0) * factor, mask=low < size)
-    if rest:
-        tl.store(d_qkv + queries + high[None, :], (d_q1 * factor).to(dtype), mask=inside)
-        tl.store(place + high, tl.sum(d_q1, 0) * factor, mask=high < size)
 
 
 @triton.jit
 def attention_keys_kernel(
-    qkv, d_out, lse, inner, d_qkv, sums, heads,
+    qkv, d_out, lse, inner, d_qkv, d_scores, sums, heads,
     factor: tl.constexpr, tokens: tl.constexpr, size: tl.constexpr, main: tl.constexpr, rest: tl.constexpr,
     block: tl.constexpr, step: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +70,9 @@ def attention_keys_kernel(
     known, inside = (low < size)[None, :], (high < size)[None, :]
     packed = image * tokens * 3 * width + head * size
     plain = image * tokens * width + head * size
-    keys = packed + width + (part * block + tl.arange(0, block))[:, None] * 3 * width
+    rows = (part * block + tl.arange(0, block))[:, None]
+    keys = packed + width + rows * 3 * width
+    d_scores += program * tokens * tokens
     k0 = tl.load(qkv + keys + low[None, :], mask=known, other=0.0)
     v0 = tl.load(qkv + keys + width + low[None, :], mask=known, other=0.0)
     d_k0, d_v0 = tl.zeros([block, main], tl.float32), tl.zeros([block, main], tl.float32)
@@ -123,12 +96,13 @@ def attention_keys_kernel(
         products = tl.load(inner + program * tokens + numbers)
         weights = tl.exp2(scores * (factor * LOG2_E) - largest[None, :])
         rounded = weights.to(dtype)
-        d_scores = (weights * (d_weights - products[None, :])).to(dtype)
+        change = (weights * (d_weights - products[None, :])).to(dtype)
+        tl.store(d_scores + rows * tokens + numbers[None, :], change)
         d_v0 = tl.dot(rounded, g0, d_v0)
-        d_k0 = tl.dot(d_scores, q0, d_k0)
+        d_k0 = tl.dot(change, q0, d_k0)
         if rest:
             d_v1 = tl.dot(rounded, g1, d_v1)
-            d_k1 = tl.dot(d_scores, q1, d_k1)
+            d_k1 = tl.dot(change, q1, d_k1)
     place = sums + (image * (tokens // block) + part) * 2 * width + width + head * size
     tl.store(d_qkv + keys + low[None, :], (d_k0 * factor).to(dtype), mask=known)
     tl.store(d_qkv + keys + width + low[None, :], d_v0.to(dtype), mask=known)
@@ -137,6 +111,40 @@ def attention_keys_kernel(
         tl.store(d_qkv + keys + high[None, :], (d_k1 * factor).to(dtype), mask=inside)
         tl.store(d_qkv + keys + width + high[None, :], d_v1.to(dtype), mask=inside)
         tl.store(place + high, tl.sum(d_v1, 0), mask=high < size)
+
+
+@triton.jit
+def attention_queries_kernel(
+    qkv, d_scores, d_qkv, sums, heads,
+    factor: tl.constexpr, tokens: tl.constexpr, size: tl.constexpr, main: tl.constexpr, rest: tl.constexpr,
+    block: tl.constexpr, step: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    part, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, image = program % heads, program // heads
+    width = heads * size
+    dtype = qkv.dtype.element_ty
+    low, high = tl.arange(0, main), main + tl.arange(0, 16)
+    known, inside = (low < size)[None, :], (high < size)[None, :]
+    packed = image * tokens * 3 * width + head * size
+    columns = part * block + tl.arange(0, block)
+    d_scores += program * tokens * tokens
+    d_q0 = tl.zeros([block, main], tl.float32)
+    if rest:
+        d_q1 = tl.zeros([block, 16], tl.float32)
+    for j in tl.range(0, tokens, step, num_stages=stages):
+        rows = (j + tl.arange(0, step))[:, None]
+        keys = packed + width + rows * 3 * width
+        change = tl.trans(tl.load(d_scores + rows * tokens + columns[None, :]))  # (block, step): queries by keys
+        d_q0 = tl.dot(change, tl.load(qkv + keys + low[None, :], mask=known, other=0.0), d_q0)
+        if rest:
+            d_q1 = tl.dot(change, tl.load(qkv + keys + high[None, :], mask=inside, other=0.0), d_q1)
+    queries = packed + columns[:, None] * 3 * width
+    place = sums + (image * (tokens // block) + part) * 2 * width + head * size
+    tl.store(d_qkv + queries + low[None, :], (d_q0 * factor).to(dtype), mask=known)
+    tl.store(place + low, tl.sum(d_q0, 0) * factor, mask=low < size)
+    if rest:
+        tl.store(d_qkv + queries + high[None, :], (d_q1 * factor).to(dtype), mask=inside)
+        tl.store(place + high, tl.sum(d_q1, 0) * factor, mask=high < size)
 
 
 def split(size: int) -> tuple[int, int]:
@@ -161,10 +169,13 @@ def _attention_backward_op(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     d_qkv, inner = torch.empty_like(qkv), torch.empty_like(lse)
     sums = lse.new_empty(images, tokens // BLOCK, 2, width)
-    grid, facts = (tokens // BLOCK, images * heads), {"factor": 1 / math.sqrt(size), "tokens": tokens, "size": size}
-    facts |= {"main": main, "rest": rest, "block": BLOCK}
-    wrap_triton(attention_queries_kernel)[grid](qkv, out, d_out, lse, d_qkv, inner, sums, heads, **facts, **QUERIES)
-    wrap_triton(attention_keys_kernel)[grid](qkv, d_out, lse, inner, d_qkv, sums, heads, **facts, **KEYS)
+    d_scores = qkv.new_empty(images, heads, tokens, tokens)
+    grid, facts = (tokens // BLOCK, images * heads), {"tokens": tokens, "size": size, "main": main, "rest": rest}
+    facts |= {"block": BLOCK}
+    wrap_triton(attention_inner_kernel)[grid](out, d_out, inner, heads, **facts)
+    facts |= {"factor": 1 / math.sqrt(size)}
+    wrap_triton(attention_keys_kernel)[grid](qkv, d_out, lse, inner, d_qkv, d_scores, sums, heads, **facts, **KEYS)
+    wrap_triton(attention_queries_kernel)[grid](qkv, d_scores, d_qkv, sums, heads, **facts, **QUERIES)
     d_queries, d_values = sums.sum((0, 1))  # (D,) each
     return d_qkv, torch.cat([d_queries, torch.zeros_like(d_queries), d_values])  # (B, T, 3·D), (3·D,)
 

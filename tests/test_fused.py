@@ -417,6 +417,34 @@ def check_benchmark():
     assert widened.call_count == 2 * 2 * 3  # compared and timed: two blocks of three products, attention being plain
 
 
+def check_attention_benchmark():
+    """The sweeps of attention's kernels change the parameters of one of them, and compare each time."""
+    from benchmarks import bench_kernels as bench
+
+    def forward(qkv, bias, heads):
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1, keepdim=True)
+
+    launched, names = [], ("attention_keys_kernel", "attention_queries_kernel")
+    wrapped = attention.wrap_triton
+    watch = {
+        "wrap_triton": lambda kernel: launched.append(kernel.fn.__name__) or wrapped(kernel),
+        "_attention_op": forward,
+    }
+    patched = {"WIDTH": 72, "HEADS": 1, "TOKENS": 128, "HALF": torch.float32, "TOLERANCE": 1e-6}
+    patched |= {"recorded": lambda work: work, "milliseconds": lambda work: 2.0}
+    with mock.patch.multiple(bench, **patched), mock.patch.multiple(attention, **watch):
+        for name, in_use in (("KEYS", attention.KEYS), ("QUERIES", attention.QUERIES)):
+            before, rows = dict(in_use), list(bench.sweep(name, 2, torch.device("cpu")))
+            assert [row["step"] for row in rows if row["chosen"]] == [in_use["step"]]
+            assert in_use == before
+            assert len(rows) == math.prod(map(len, bench.CHOICES[name].values())) > 1
+        with mock.patch.object(bench, "TOLERANCE", 1e-9), pytest.raises(AssertionError, match=r"KEYS .*off by"):
+            next(bench.sweep("KEYS", 2, torch.device("cpu")))
+    assert all(launched.count(name) > 10 for name in names)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "checkpointed", "qk_norm", "without triton", "without cudnn"])
 def test_a_compiled_network_is_as_close_to_float32_as_the_plain_one(kind, monkeypatch):
@@ -476,3 +504,4 @@ if __name__ == "__main__":
     for qk_norm in (False, True):
         interpreted_network(qk_norm)
     check_benchmark()
+    check_attention_benchmark()
