@@ -250,8 +250,6 @@ def describe(source: Path) -> dict:
         raise ValueError(f"--source {source}: its samples are of another network than its export; sample again")
     lines = [json.loads(line) for line in (source / "run" / "log.jsonl").read_text().splitlines()]
     made = config["runs"][-1]
-    trained = source / "resnet18.json"  # not there if the recipe was given its METRIC
-    judge = {name: read_json(trained)[name] for name in ("steps", "nearest_has_the_label")} if trained.is_file() else {}
     held_out = [line for line in lines if "holdout_loss" in line][-1]
     names = ("steps", "batch_size", "lr", "ema_decay", "model_options", "precision", "seed")
     training = {name: config["args"][name] for name in names} | {"steps": samples["settings"]["training_steps"]}
@@ -268,7 +266,7 @@ def describe(source: Path) -> dict:
         "holdout_loss": {"step": held_out["step"], "loss": held_out["holdout_loss"]},
         "bank": {name: bank[name] for name in of_bank},
         "sampling": {name: samples["settings"][name] for name in kept},
-        "judge": {name: controls["network"][name] for name in ("name", "sha256")} | judge,
+        "judge": {name: controls["network"][name] for name in ("name", "sha256")},
         "rows": controls["rows"],
         "spaces": {
             name: {key: value for key, value in space.items() if key != "suspicious"}

@@ -471,10 +471,10 @@ def test_own_photos(root, photos, site, environment):
 
 def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     """The recipe of the shipped model at tiny size, and what make_assets packs from it."""
-    source, out, judge = tmp_path / "images", tmp_path / "out", tmp_path / "resnet18.safetensors"
+    source, out, judge = tmp_path / "images", tmp_path / "out", tmp_path / "judge.safetensors"
     shipped = str(root / "assets" / "fashion-mnist")
     make_assets.main(["images", "--source", shipped, "--out", str(source), "--train", "200", "--test", "1"])
-    make_encoder(judge, "resnet18")
+    make_encoder(judge, "regnetx_002")
     sizes = {"STEPS": 4, "BATCH": 5, "K": 8, "IMAGES": 8, "EVALUATIONS": 3, "OUT": out, "METRIC": judge}
     bash(root, environment, "fashion-mnist.sh", source, *SMALL_RUN, **sizes)
     log = out / "run" / "log.jsonl"
@@ -486,9 +486,9 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     assert str(tmp_path) not in written[0] + written[1]
     assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
     assert report["training"]["seconds"] == 4 * 5 / 0.5
-    assert set(report["spaces"]) == {"resnet18@64", "latent"}
+    assert set(report["spaces"]) == {"regnetx_002@64", "latent"}
     assert "suspicious" not in report["spaces"]["latent"]  # pairs of files, of no use to others
-    score = report["rows"]["samples"]["metrics"]["held-out"]["FD-resnet18@64"]
+    score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]
     for fact in (f"{score:.4g}", "4 steps of 5 images", "Bank of 8 snippets", "MIT"):
         assert fact in written[0]
     _, config, bank = load_model(tmp_path / "asset")
