@@ -5,8 +5,9 @@
 Before the networks are timed as the command runs them (bfloat16, compiled), they are compared on the same device with
 plain float32. The parts alone are decoding on one core, the VAE's encoder, and DINOv2 ViT-B/14 at 224 px; then comes
 `scripts.encode_dataset` itself with two views, from files to the finished store, its rate taken over the second half of
-the images, when those that were decoded during its start are used up. The ceiling is a bf16 product of random 8192×8192
-matrices in the same run. Files are read from the page cache. `--small` shrinks all for a CPU.
+the images, when those that were decoded during its start are used up. Its TFLOP/s are those of the networks' work at
+this rate. The ceiling is a bf16 product of random 8192×8192 matrices in the same run. Files are read from the page
+cache. `--small` shrinks all for a CPU.
 """
 
 import argparse
@@ -24,9 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bench_train import ceiling, difference, seconds_a_step
+from benchmarks.bench_train import ceiling, difference, operations, seconds_a_step
 from benchmarks.path import make_encoder, make_vae
 from memory.files import write_json
 from memory.provenance import provenance
@@ -110,14 +110,7 @@ def check(codec: Codec, encoder: Encoder, plain: tuple[Codec, Encoder], pixels: 
     return found
 
 
-def gflop(network: Callable[[Tensor], Tensor], pixels: Tensor) -> float:
-    """Operations of a network for one image, in 10⁹."""
-    with FlopCounterMode(display=False) as counter:
-        network(pixels[:1])
-    return counter.get_total_flops() / 1e9
-
-
-def rate(network: Callable[[Tensor], Tensor], pixels: Tensor) -> float:
+def rate(network: Callable[[Tensor], object], pixels: Tensor) -> float:
     """Images a second through a network, from and to the device's memory."""
     network(pixels)
     return len(pixels) / seconds_a_step(lambda: network(pixels), 3)
@@ -129,7 +122,7 @@ def networks_alone(args: argparse.Namespace, work: Path, device: torch.device) -
     pixels = torch.stack([images, images.flip(-1)], 1).flatten(0, 1).to(device)  # (B·V, 3, H, W) as in the command
     codec, encoder = load_networks(args, work, device, args.precision)
     plain = load_networks(args, work, device, "fp32")
-    work_of_one = [gflop(plain[0].encode, pixels), gflop(plain[1], pixels)]
+    gflop = [operations(network, pixels[:1]) / 1e9 for network in (plain[0].encode, plain[1])]  # for one image
     eager = [rate(codec.encode, pixels), rate(encoder, pixels)]
     encode_dataset.speed_up(codec, encoder, None, encode_dataset.COMPILE_FROM, device)
     found = check(codec, encoder, plain, pixels)
@@ -137,7 +130,7 @@ def networks_alone(args: argparse.Namespace, work: Path, device: torch.device) -
     peak = ceiling(device)
     if args.profile:
         print_profile(lambda: (codec.encode(pixels), encoder(pixels)), device)
-    share = [value * work / 1e3 / peak for value, work in zip(rates, work_of_one, strict=True)]
+    tflops = [value * work / 1e3 for value, work in zip(rates, gflop, strict=True)]
     return {
         "errors": found,
         "decode_per_core": per_core,
@@ -145,8 +138,9 @@ def networks_alone(args: argparse.Namespace, work: Path, device: torch.device) -
             name: {
                 "per_second": rates[i],
                 "not_compiled": eager[i],
-                "gflop": work_of_one[i],
-                "share_of_ceiling": share[i],
+                "gflop": gflop[i],
+                "tflops": tflops[i],
+                "share_of_ceiling": tflops[i] / peak,
             }
             for i, name in enumerate(("VAE encoder", "vision encoder, class token"))
         },
@@ -223,6 +217,9 @@ def main(argv: list[str] | None = None) -> None:
         f"decoding on {cores} cores": alone["decode_per_core"] * cores,
         "both networks": 1 / sum(VIEWS / value for value in passes),
     }
+    gflop = VIEWS * sum(network["gflop"] for network in alone["networks"].values())
+    command["tflops"] = command["images_per_second"] * gflop / 1e3
+    command["share_of_ceiling"] = command["tflops"] / alone["ceiling_tflops"]
     tokens, dim = alone["patch_shape"]
     on_imagenet = {
         "hours of encoding": IMAGENET / command["images_per_second"] / 3600,
@@ -247,6 +244,11 @@ def rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def speed(part: dict) -> str:
+    """Two columns of the table."""
+    return f"{part['tflops']:8.1f} {part['share_of_ceiling']:6.1%}"
+
+
 def print_table(result: dict) -> None:
     """The result in words and columns."""
     print(f"\n{result['device']}, {result['cores']} cores, {result['precision']}, ", end="")
@@ -258,17 +260,17 @@ def print_table(result: dict) -> None:
         f"{'decode and crop, one core':42} {result['decode_per_core']:9,.0f}  (files of {result['file_bytes']:,.0f} B)"
     )
     for name, part in result["networks"].items():
-        speed = part["per_second"] * part["gflop"] / 1e3
-        columns = f"{part['not_compiled']:9,.0f} {part['gflop']:7.1f} {speed:8.1f} {part['share_of_ceiling']:6.1%}"
+        columns = f"{part['not_compiled']:9,.0f} {part['gflop']:7.1f} {speed(part)}"
         print(f"{name:42} {part['per_second']:9,.0f}  {columns}")
     print(f"{'vision encoder, patch tokens':42} {result['patch_tokens_per_second']:9,.0f}")
-    print(f"{'THE COMMAND, files to store, 2 views':42} {result['images_per_second']:9,.0f}")
+    print(f"{'THE COMMAND, files to store, 2 views':42} {result['images_per_second']:9,.0f}  {'':17} {speed(result)}")
     lowest = min(result["bounds"].values())
     for name, value in result["bounds"].items():
         print(f"{'  bound of ' + name:42} {value:9,.0f}{'  <- the lower one' * (value == lowest)}")
     print(
         f"first images after {result['seconds_to_first_images']} s, all {result['images']:,} after "
-        f"{result['seconds_in_all']} s; peak GPU memory {result['peak_gpu_gb']} GB"
+        f"{result['seconds_in_all']} s; peak GPU memory {result['peak_gpu_gb']} GB; "
+        f"ceiling {result['ceiling_tflops']} TFLOP/s"
     )
     for name, value in result["on_imagenet"].items():
         print(f"ImageNet: {value:,} {name}")

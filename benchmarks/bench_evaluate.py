@@ -8,9 +8,17 @@ for 50,000), and a reference in ADM's layout, statistics with images; then runs 
 metrics and KID: on each number of GPUs without the reference's features from an earlier run, or on the CPU
 (`--cpu-images`) both without and with. Before anything is timed, a GPU's features of some images are compared with the
 CPU's. Seconds are those of the whole command, start-up included, and of its work alone; memory is that of the first
-process. All runs must agree: distances and score to 1e-6 of their value, shares and
-KID to 1e-4, since one image at the rim of a manifold may fall on its other side. Targets: 60 s and 3 GB of main memory
-on one H100, and five minutes for 1,000 images on two CPU cores.
+process.
+
+Embedding is timed on its own too: the command's network on one batch of its size that lies on the device. TFLOP/s are
+of this network alone, a convolution counted as the sums that define it; reading, copies, statistics and metrics have
+none. Ceilings are products of random 8192×8192 matrices in the same run: in bf16, as for the other benchmarks, and in
+float32 without tf32, in which this network computes. `embedding_share` is what its images, those of the reference
+included, would take at this rate, over the seconds of the command's work.
+
+All runs must agree: distances and score to 1e-6 of their value, shares and KID to 1e-4, since one image at the rim of a
+manifold may fall on its other side. Targets: 60 s and 3 GB of main memory on one H100, and five minutes for 1,000
+images on two CPU cores.
 """
 
 import argparse
@@ -27,11 +35,13 @@ import numpy as np
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from benchmarks.bench_train import difference
+from benchmarks.bench_train import ceiling, difference, operations, seconds_a_step, show
+from evaluations import evaluator
 from evaluations.card import table
 from evaluations.inception import WEIGHTS, Features, Inception
 from evaluations.reference import MOMENTS
 from memory.files import read_json, write_json
+from memory.kmeans import full_precision
 from memory.provenance import provenance
 
 SIDE = 256
@@ -96,6 +106,34 @@ def check(weights: Path) -> dict[str, float]:
     return errors
 
 
+def embedding(weights: Path, count: int, device: torch.device) -> dict[str, float]:
+    """Speed and memory of the command's network alone, on a batch of its size, or of `count` if that is less."""
+    peak = ceiling(device)
+    with full_precision():
+        float32_peak = ceiling(device, torch.float32)
+    network = Inception(weights, device)
+    batch = min(count, evaluator.batch_size_of(argparse.Namespace(batch_size=None), device))
+    images = torch.randint(256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
+    flops = operations(network, images[:1])
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    network(images)
+    speed = batch / seconds_a_step(lambda: network(images), 10 if on_gpu else 1)
+    tflops = speed * flops / 1e12
+    return {
+        "batch": batch,
+        "images_per_second": speed,
+        "operations_an_image": flops,
+        "tflops": tflops,
+        "ceiling_tflops": peak,
+        "share_of_ceiling": tflops / peak,
+        "float32_ceiling_tflops": float32_peak,
+        "share_of_float32_ceiling": tflops / float32_peak,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+    }
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time the evaluation of many images.")
@@ -124,10 +162,13 @@ def main(argv: list[str] | None = None) -> None:
             done.result()
 
     rows, metrics = [], []
-    errors = {} if on_cpu or not torch.cuda.is_available() else check(weights)
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    errors = check(weights) if device.type == "cuda" else {}
+    alone = embedding(weights, count, device)
+    torch.cuda.empty_cache()  # the commands share the GPU with this process
 
-    def run(title: str, processes: int, *options: str) -> None:
-        """Run the command, and note its time, its memory and its metrics."""
+    def run(title: str, embedded: int, processes: int, *options: str) -> None:
+        """Run the command, which embeds so many images, and note its time, its memory and its metrics."""
         out = args.work / "result.json"
         command = [sys.executable, "-m", "evaluations.evaluator"]
         if processes > 1:
@@ -141,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.perf_counter() - begin
         result = read_json(out)
         metrics.append(result["metrics"])
+        work = result["run"]["seconds"]
         cpus = len(os.sched_getaffinity(0))
         peak = result["run"]["peak_memory"]
         rows.append(
@@ -149,20 +191,24 @@ def main(argv: list[str] | None = None) -> None:
                 "processes": processes,
                 "images": count,
                 "seconds": round(seconds, 2),
-                "seconds_of_work": result["run"]["seconds"],
+                "seconds_of_work": work,
                 "images_per_second": round(count / seconds, 1),
+                "embedding_share": round(embedded / processes / alone["images_per_second"] / work, 3),
                 "host_memory_gb": round(peak["host"] / 1e9, 2),
                 "gpu_memory_gb": round(peak["gpu"] / 1e9, 2),
             }
         )
-        facts = {"rows": rows, "metrics": metrics, "errors": errors, "reference_images": references, "cpus": cpus}
-        write_json(args.out, facts | provenance(argv, processes))
+        facts = {"rows": rows, "embedding": alone, "metrics": metrics, "errors": errors}
+        write_json(args.out, facts | {"reference_images": references, "cpus": cpus} | provenance(argv, processes))
 
     if on_cpu:
-        run("reference and samples", 1)
-        run("the reference's features kept", 1)
+        run("reference and samples", references + count, 1)
+        run("the reference's features kept", count, 1)
     for processes in () if on_cpu else args.gpus:
-        run("reference and samples", processes, "--no-cache")
+        run("reference and samples", references + count, processes, "--no-cache")
+    columns = {"batch": "", "images_per_second": ".1f", "tflops": ".1f", "share_of_ceiling": ".1%"}
+    print("embedding alone")
+    show([alone], columns | {"share_of_float32_ceiling": ".1%", "peak_gb": ".2f"})
     print(table([{key: str(value) for key, value in row.items()} for row in rows]))
     for other in metrics[1:]:
         for name, most in AGREE.items():

@@ -8,11 +8,11 @@ Two kinds of random features, because what a pass can skip depends on the data: 
 classes and groups in it, with cosines of about 0.5 and 0.8 inside. A run is a first assignment and then passes, each an
 update of the centroids and an assignment. In the table, in seconds: `first` is the first assignment and update, `pass`
 all assignments and updates over the number of passes, `total` the whole function with its preparation, `search` one
-assignment of this process's rows with nothing known beforehand, its TFLOP/s for 2·N·K·F operations and their share of
-what a float16 product of 8192³ reaches in the same run; `equal` is the share of rows of a subset whose label is that of
-the plain float32 path, `inertia` their inertia over the plain path's. Before anything is timed, labels of as many rows
-must be the plain path's. An iteration of flash-kmeans (PyPI) is timed where that is installed. `--growth-k` and
-`--growth-images` repeat the run on `noise` at other sizes.
+assignment of this process's rows with nothing known beforehand, its rows (images) a second, its TFLOP/s for 2·N·K·F
+operations and their share of what a float16 product of 8192³ reaches in the same run; `equal` is the share of rows of a
+subset whose label is that of the plain float32 path, `inertia` their inertia over the plain path's. Before anything is
+timed, labels of as many rows must be the plain path's. An iteration of flash-kmeans (PyPI) is timed where that is
+installed. `--growth-k` and `--growth-images` repeat the run on `noise` at other sizes.
 """
 
 import argparse
@@ -137,6 +137,7 @@ def compare(unit: torch.Tensor, centroids: torch.Tensor, subset: int, peak: floa
     rate = 2 * len(unit) * len(centroids) * unit.shape[1] / search / 1e12
     return {
         "search": round(search, 3),
+        "search_images_per_second": round(len(unit) / search, 1),
         "search_tflops": round(rate, 1),
         "search_share": round(rate / peak, 3),
         "subset_labels_equal": (ours == plain).double().mean().item(),
@@ -174,7 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     say = print if state.is_main_process else lambda line: None
     say(f"{peak:.0f} TFLOP/s in a product of {'8192³' if device.type == 'cuda' else '1024³'}")
-    say("data          images       k   first    pass   total  search  TFLOP/s  share   GB  equal     inertia")
+    say(
+        "data          images       k   first    pass   total  search   images/s  TFLOP/s  share   GB   equal"
+        "     inertia"
+    )
     for place, (kind, images, k) in enumerate(sizes):
         features = draw(kind, share(images, state), args.dim, device)
         row, centroids = time_kmeans(features, k, args.passes)
@@ -186,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
         results.append(row)
         say(
             f"{kind:8s} {images:11,d} {k:7,d} {row['first_pass']:7.3f} {row['mean_pass']:7.3f} {row['total']:7.3f} "
-            f"{row['search']:7.3f} {row['search_tflops']:8.1f} {row['search_share']:6.1%} {row['peak_gb'] or 0:4.1f} "
+            f"{row['search']:7.3f} {row['search_images_per_second']:10,.0f} {row['search_tflops']:8.1f} "
+            f"{row['search_share']:6.1%} {row['peak_gb'] or 0:4.1f} "
             f"{row['subset_labels_equal']:.5f} {row['subset_inertia_ratio']:.9f}"
         )
         del features, unit, centroids

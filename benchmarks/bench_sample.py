@@ -28,10 +28,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import sample_ddp
-from benchmarks.bench_train import by_kind, ceiling, difference, randomize, show, synchronize
+from benchmarks.bench_train import by_kind, ceiling, difference, operations, randomize, show, synchronize
 from benchmarks.path import make_vae
 from memory.bank import MemoryBank
 from memory.files import write_json
@@ -230,13 +229,10 @@ def where_time_goes(generator: Generator, batch: int, few: int) -> dict:
     return {"batch": batch, **by_kind(record, few, wall)}
 
 
-@torch.no_grad()
 def forward_flops(network: SiT) -> int:
     """Operations of one evaluation for one image."""
     one = torch.zeros(1, *network.latent_shape, device=network.pos_embed.device)
-    with FlopCounterMode(display=False) as counter:
-        network(one, one.new_zeros(1), one.new_ones(1, network.config["snippet_dim"]))
-    return counter.get_total_flops()
+    return operations(network, one, one.new_zeros(1), one.new_ones(1, network.config["snippet_dim"]))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,6 +8,8 @@
 The steps are `train.Trainer`'s own, on a random store and bank. Before anything is timed, the loss and the gradients of
 one step are compared with plain float32 on the same device. Floating-point operations are counted on the plain network,
 three times a forward pass; the ceiling is a bf16 product of two random 8192×8192 matrices in the same run.
+Batches come from train.py's own loader, out of files in the page cache; `--resident` also times them out of the GPU's
+memory, which holds the random store and bank, not ones of ImageNet's size.
 Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
 counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads, so many
 of which, 8 at most, lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -115,21 +118,26 @@ def seconds_a_step(step: Callable[[], None], steps: int) -> float:
     return statistics.median(parts)
 
 
-def ceiling(device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of random matrices, the rate that no network exceeds."""
+def ceiling(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """TFLOP/s of a product of random matrices, in bf16 the rate that no network exceeds."""
     size = 8192 if device.type == "cuda" else 256
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds_a_step(lambda: a @ b, 3)
     return 2 * size**3 / seconds_a_step(lambda: a @ b, 10) / 1e12
 
 
 @torch.no_grad()
+def operations(network: Callable[..., object], *inputs: Tensor) -> int:
+    """Floating-point operations of a forward pass: its products, and convolutions as the sums that define them."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+        network(*inputs)
+    return counter.get_total_flops()
+
+
 def training_flops(network: nn.Module, device: torch.device) -> int:
     """Operations of a training step for one image: a forward pass, and twice as many backward."""
-    x, t, snippet = (torch.rand(1, *shape, device=device) for shape in (network.latent_shape, (), (SNIPPET_DIM,)))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
-        network(x, t, snippet)
-    return 3 * counter.get_total_flops()
+    shapes = (network.latent_shape, (), (SNIPPET_DIM,))
+    return 3 * operations(network, *(torch.rand(1, *shape, device=device) for shape in shapes))
 
 
 def difference(given: list[Tensor], expected: list[Tensor]) -> float:
@@ -178,6 +186,14 @@ def use(trainer: train.Trainer, model: nn.Module) -> None:
     trainer.model = model
     if isinstance(trainer.run_micro_step, Replay):
         trainer.run_micro_step.forget()
+
+
+@contextlib.contextmanager
+def resident(trainer: train.Trainer) -> Iterator[None]:
+    """Inside, the trainer's data lie on its device, as with `--resident` of train.py."""
+    args = argparse.Namespace(**vars(trainer.args) | {"resident": True})
+    with patch.object(trainer, "args", args), patch.object(trainer, "data", Pairs(args, trainer.device)):
+        yield
 
 
 def timed(trainer: train.Trainer, batch: int, steps: int) -> dict:
@@ -358,6 +374,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="BATCH",
         help="also show where the time goes; at the last of --batches",
     )
+    add("--resident", action="store_true", help="also time train.py --resident, at all --batches")
     add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS[:CLUSTER]]", help="ways to exchange gradients")
     add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
@@ -434,6 +451,10 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
                 linear[batch] = world * rows[-1]["images_per_second"]
             add_way("train.py", exchanging, batch)
             yield result
+            if args.resident:
+                with resident(trainer):
+                    add_way("train.py resident", exchanging, batch)
+                yield result
         for batch in () if args.profile is None else args.profile or args.batches[-1:]:
             use(trainer, exchanging)
             result["profiles"].append({"what": "train.py", **where_time_goes(trainer, batch)})

@@ -25,6 +25,12 @@ def test_the_small_benchmark_times_the_command(tmp_path, monkeypatch, capsys):
     assert result["seconds_to_first_images"] < result["seconds_in_all"]
     for error in result["errors"].values():  # on a CPU the command's networks are the plain ones
         assert error["relative_error"] < 1e-6
+    networks = list(result["networks"].values())
+    assert all(part["tflops"] == pytest.approx(part["per_second"] * part["gflop"] / 1e3, rel=2e-3) for part in networks)
+    gflop = sum(part["gflop"] for part in networks)
+    assert result["tflops"] == pytest.approx(result["images_per_second"] * 2 * gflop / 1e3, rel=2e-3), "of two views"
+    for part in (result, *networks):
+        assert part["share_of_ceiling"] == pytest.approx(part["tflops"] / result["ceiling_tflops"], rel=2e-3)
     bound = 1 / sum(2 / network["per_second"] for network in result["networks"].values())
     assert result["bounds"]["both networks"] == pytest.approx(bound, rel=1e-3)
     assert result["on_imagenet"]["GB of patch tokens in the store, a view"] == pytest.approx(

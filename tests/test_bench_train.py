@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import bench_train
+from memory.resident import ResidentDataset
 
 
 def test_it_writes_what_it_measured(tmp_path, capsys):
@@ -20,18 +22,34 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
         64,
         "--reference",
         "--profile",
+        "--resident",
         "--out",
         out,
     ]
     bench_train.main(list(map(str, words)))
     result = json.loads(out.read_text())
-    assert [row["what"] for row in result["rows"]] == ["train.py", "peers' recipe"]
+    assert [row["what"] for row in result["rows"]] == ["train.py", "train.py resident", "peers' recipe"]
     assert all(row["images_per_second"] > 0 for row in result["rows"])
     assert result["errors against float32"]["gradients, train.py"] < 1e-5
     assert result["ceiling_tflops"] > 0
     assert result["operations_an_image"] == 3 * 2 * counted_macs()
     assert {"code", "device", "processes", "versions", "command", "date"} <= result.keys()
     assert "images_per_second" in capsys.readouterr().out
+
+
+def test_resident_steps_read_the_same_batch_from_the_device(tmp_path):
+    bench_train.make_data(tmp_path, images=4, image_size=64)
+    trainer = bench_train.make_trainer(tmp_path, "SiT-Ti/2", 2, [])
+    read, data = next(trainer.batches()), trainer.data
+    with bench_train.resident(trainer):
+        assert trainer.args.resident
+        assert isinstance(trainer.data.train, ResidentDataset)
+        held = next(trainer.batches())
+        assert {key: torch.as_tensor(value).tolist() for key, value in held.items()} == {
+            key: torch.as_tensor(value).tolist() for key, value in read.items()
+        }
+    assert trainer.data is data
+    assert not trainer.args.resident
 
 
 @pytest.mark.parametrize(

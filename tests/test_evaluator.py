@@ -477,7 +477,17 @@ def test_the_benchmark_times_the_real_command(tmp_path, monkeypatch, capsys):
     assert result["metrics"][0] == result["metrics"][1]
     assert result["metrics"][0].keys() == {"Inception Score", "FID", "sFID", "Precision", "Recall", "KID"}
     assert all(row["host_memory_gb"] > 0.1 and row["seconds"] > 0 for row in result["rows"])
-    assert "| the reference's features kept |" in capsys.readouterr().out
+    alone = result["embedding"]
+    assert alone["operations_an_image"] == pytest.approx(2 * 5.71e9, rel=0.01), "torchvision's GMACs of Inception v3"
+    assert alone["tflops"] == pytest.approx(alone["images_per_second"] * alone["operations_an_image"] / 1e12)
+    for kind in ("ceiling", "float32_ceiling"):
+        assert alone[f"share_of_{kind}"] == pytest.approx(alone["tflops"] / alone[f"{kind}_tflops"])
+    for row, embedded in zip(result["rows"], (10, 5), strict=True):
+        took = embedded / alone["images_per_second"]
+        assert row["embedding_share"] == pytest.approx(took / row["seconds_of_work"], abs=1e-3)
+    printed = capsys.readouterr().out
+    assert "| the reference's features kept |" in printed
+    assert "share_of_float32_ceiling" in printed
 
 
 # Statistics without images, arguments, sizes

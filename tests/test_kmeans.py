@@ -269,6 +269,14 @@ def test_the_benchmark_runs_small_on_a_cpu(tmp_path, capsys):
     assert "flash-kmeans is not timed" in capsys.readouterr().out
 
 
+def test_the_benchmark_states_the_speed_of_a_whole_search(monkeypatch):
+    monkeypatch.setattr(bench_kmeans, "seconds", lambda work, device: (work(), 2**-29)[1])
+    unit = normalised(torch.randn(32, 64))
+    found = bench_kmeans.compare(unit, unit[:16], subset=8, peak=64.0)
+    assert found["search_images_per_second"] == 32 * 2**29
+    assert (found["search_tflops"], found["search_share"]) == (35.2, 0.55)  # 2·32·16·64·2²⁹ operations a second
+
+
 def test_benchmark_data_do_not_depend_on_the_process(monkeypatch):
     monkeypatch.setattr(bench_kmeans, "BLOCK", 64)
     for kind in ("noise", "mixture"):
