@@ -22,6 +22,8 @@ from models.autoencoder import check_codec, latents_from_moments
 from models.encoder import load_encoder
 from models.sit import conditions
 
+ALIGNED_AT_ONCE = 32  # images that the encoder to align with sees: of 256, activations would take GB beside the network
+
 
 class Pairs:
     """The store and the bank, and what of them a step needs: latents, conditions, patch tokens to align with.
@@ -178,8 +180,9 @@ class Pairs:
             return [self._here(batch["patches"])]
         if self.align_encoder is None:
             return []
+        parts = self._here(batch["image"]).split(ALIGNED_AT_ONCE)
         with torch.no_grad():
-            return [self.align_encoder(self._here(batch["image"]), return_patches=True)[1]]
+            return [torch.cat([self.align_encoder(part, return_patches=True)[1] for part in parts])]
 
     def _here(self, tensor: Tensor) -> Tensor:
         """On the training device; from pinned memory, because the host waits for the GPU in any other copy."""
