@@ -27,20 +27,26 @@ FLAGS = ["--log-every", "4", "--eval-every", "12"]
 AUDIT = "tf_efficientnet_lite0"  # as efficientnet-lite0, but its weights are looked for in the weights folder
 
 
-def run(work: Path, name: str, small: bool, end: float, **variables: object) -> dict:
-    """Run own-photos.sh into `work`/NAME until it ends or the clock says `end`; status, seconds, what commands took."""
-    python, notes = work / name / "bin" / "python", work / name / "notes.jsonl"
+def limited(folder: Path, variables: dict[str, object]) -> tuple[dict[str, str], Path]:
+    """The environment of a shell whose `python`, in `folder`, is held to LIMIT, and the file of what commands took."""
+    python, notes = folder / "bin" / "python", folder / "notes.jsonl"
     python.parent.mkdir(parents=True)
-    limited = Path(__file__).with_name("limited.py")
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{limited}" {LIMIT} "{notes}" "$@"\n')
+    program = Path(__file__).with_name("limited.py")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" {LIMIT} "{notes}" "$@"\n')
     python.chmod(0o755)
     notes.touch()
-    given = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHON_EXEC": python, "VIRTUAL_ENV": sys.prefix}
-    given |= {"OUT": work / name / "photos", "STEPS": STEPS, "IMAGES": 64, "EVALUATIONS": 10, "AUDIT": AUDIT}
+    given = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHON_EXEC": python}
+    given |= {"VIRTUAL_ENV": sys.prefix, **variables}  # or the recipes would activate .venv, whose `python` is another
+    return {**os.environ, **{name: str(value) for name, value in given.items()}}, notes
+
+
+def run(work: Path, name: str, small: bool, end: float, **variables: object) -> dict:
+    """Run own-photos.sh into `work`/NAME until it ends or the clock says `end`; status, seconds, what commands took."""
+    given = {"OUT": work / name / "photos", "STEPS": STEPS, "IMAGES": 64, "EVALUATIONS": 10, "AUDIT": AUDIT}
     if small:
         given |= {"STEPS": 2, "BATCH": 4, "SIZE": 64, "HOLDOUT": 0.2, "IMAGES": 6, "EVALUATIONS": 4}
         given |= {"MODEL": "SiT-Ti/2", "ENCODER": "test_vit@64", "AUDIT": "test_vit"}
-    environment = {**os.environ, **{key: str(value) for key, value in (given | variables).items()}}
+    environment, notes = limited(work / name, given | variables)
     begin = time.perf_counter()
     with open(work / f"{name}.log", "wb") as log:
         words = ["bash", "scripts/own-photos.sh", work / "images", *FLAGS]

@@ -68,10 +68,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return found
 
 
-def facts(args: argparse.Namespace, name: str) -> dict:
-    """How, when and on what the results of `benchmarks.NAME` came about, without this machine's folders."""
-    command = f"python -m benchmarks.{name} --gpus {args.gpus}{' --small' * args.small} --work DIR --out FILE"
-    return provenance(processes=args.gpus) | {"command": command}
+def facts(args: argparse.Namespace, name: str, *more: str) -> dict:
+    """How, when and on what the results of `benchmarks.NAME` came about, without this machine's folders; `more` are
+    flags besides those of `parser`."""
+    words = [f"python -m benchmarks.{name} --gpus {args.gpus}", *more, *["--small"] * args.small]
+    return provenance(processes=args.gpus) | {"command": " ".join([*words, "--work DIR --out FILE"])}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,8 @@
 # GMem's first release: SiT-XL/2 on snippets, with the alignment of REPA. The same command again continues.
 #   bash scripts/train-gmem-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh. On one GPU the batch of 256 is accumulated.
-# Hardware  1, 2, 4 or 8 GPUs of 80 GB; by estimate MICRO_BATCH=32 for 40 GB, MICRO_BATCH=8 with ALIGN=0 for 24
+# Hardware  1, 2, 4 or 8 GPUs of 80 GB; by estimate MICRO_BATCH=32 for 40 GB, for 24 MICRO_BATCH=16 with the flag
+#           --checkpoint-activations (python -m benchmarks.cards tries it in 22 GiB), or MICRO_BATCH=8 with ALIGN=0
 # Memory    a GPU: 22 bytes · 683M parameters = 15.0 GB, and activations; the flag --dry-run prints an estimate. Measured
 #           without alignment on one H200: 58.3 GB at 128 images, 20.5 GB at 16 (benchmarks/results/train-*h200*.json);
 #           the VAE takes about 1 GB more for the grids of samples (none with --sample-every 0)
