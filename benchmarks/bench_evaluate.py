@@ -10,11 +10,11 @@ metrics and KID: on each number of GPUs without the reference's features from an
 CPU's. Seconds are those of the whole command, start-up included, and of its work alone; memory is that of the first
 process.
 
-Embedding is timed on its own too: the command's network on one batch of its size that lies on the device. TFLOP/s are
-of this network alone, a convolution counted as the sums that define it; reading, copies, statistics and metrics have
-none. Ceilings are products of random 8192×8192 matrices in the same run: in bf16, as for the other benchmarks, and in
-float32 without tf32, in which this network computes. `embedding_share` is what its images, those of the reference
-included, would take at this rate, over the seconds of the command's work.
+Embedding is also timed by itself: the command's network on one batch of its size that lies on the device. TFLOP/s count
+this network alone, each convolution as the sums that define it. Ceilings are products of random matrices in the same
+run, 8192×8192 on a GPU and 256×256 on a CPU: in bf16, as for the other benchmarks, and in float32 without tf32, in
+which this network computes. `embedding_share` is the part of the command's work that embedding would take at this rate,
+of the samples and, unless its features were kept, of the reference.
 
 All runs must agree: distances and score to 1e-6 of their value, shares and KID to 1e-4, since one image at the rim of a
 manifold may fall on its other side. Targets: 60 s and 3 GB of main memory on one H100, and five minutes for 1,000

@@ -6,7 +6,8 @@ products save it.
 At the shapes of SiT-XL/2 and in bf16, random data. Each kernel runs as a CUDA graph, with the sums that follow it, for
 every choice in its sweep, compared with float64 before it is timed: `ms` is the median, the GPU's cache emptied before
 each run, `tb_s` the terabytes a second that it reads and writes at least, `chosen` what those files have now. Of
-attention's backward pass all kernels are timed at once, with the parameters of one of them changed (KEYS, QUERIES).
+attention's backward pass, which only Hopper GPUs use, all kernels are timed at once, with the parameters of one of them
+changed (KEYS, QUERIES).
 The MLP's first layer and GELU, within cuBLAS's product and apart, are timed in turns without a pause, 500 each, because
 a GPU's clock falls under a steady load; so are the products that give weights their gradients: as PyTorch forms them,
 transposed, and with float32 coming out instead of bf16 that another kernel widens. With --network whole compiled
@@ -31,7 +32,7 @@ from benchmarks.bench_train import difference, randomize, show
 from memory.files import write_json
 from memory.provenance import provenance
 from models.inference import round_weights
-from models.kernels import can_fuse, compile_blocks, fast_attention
+from models.kernels import can_fuse, can_pack, compile_blocks, fast_attention
 from models.sit import SiT_models
 
 MODEL, TOKENS, WIDTH, HEADS, HALF, EPS = "SiT-XL/2", 256, 1152, 16, torch.bfloat16, 1e-6
@@ -66,7 +67,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a weight's gradie
     "transposed, float32 out": lambda d_out, x: torch.mm(x.t(), d_out, out_dtype=torch.float32).t().contiguous(),
 }
 BYTES = {"JOIN": 12, "JOIN_BACKWARD": 18, "ACTIVATE": 16, "ACTIVATE_BACKWARD": 24}  # for each of B·T·D numbers
-BYTES |= dict.fromkeys(IN_ATTENTION, 16)
+BYTES |= dict.fromkeys(IN_ATTENTION, 16 + 4 * HEADS * TOKENS / WIDTH)  # the latter the scores' gradients, out and in
 Work = Callable[[], tuple[Tensor, ...]]
 
 
@@ -387,7 +388,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict]:
             show_ways(f"gradient of {row['layer']}'s weight,", row)
             yield result
     for name in CHOICES:
-        for images in IMAGES[name]:
+        for images in IMAGES[name] if name not in IN_ATTENTION or can_pack(device) else ():
             rows = list(sweep(name, images, device))
             result["rows"] += rows
             ranks = enumerate(sorted(rows, key=lambda row: row["ms"]))

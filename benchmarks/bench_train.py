@@ -119,7 +119,7 @@ def seconds_a_step(step: Callable[[], None], steps: int) -> float:
 
 
 def ceiling(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """TFLOP/s of a product of random matrices, in bf16 the rate that no network exceeds."""
+    """TFLOP/s of a product of random matrices; in bf16 no network exceeds it."""
     size = 8192 if device.type == "cuda" else 256
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds_a_step(lambda: a @ b, 3)

@@ -1,16 +1,17 @@
 """Do the ImageNet recipes fit a card of 24 GB? Each at real shapes on random data, held to 22 GiB of GPU memory.
 
-    python -m benchmarks.cards --at-once 3 --work /tmp/cards --out benchmarks/results/cards.json
+    python -m benchmarks.cards --work /tmp/cards --out benchmarks/results/cards.json   # --at-once 3 on a GPU of 80 GB
     python -m benchmarks.cards --stages bank train --work /tmp/cards --out FILE
 
 Runs the scripts and the evaluator with the variables that a small card needs: 512 JPEG files encoded at 256 px; a bank
-of 640,000 snippets from 1,281,167 images, both ImageNet's own numbers, on which that memory depends; SiT-XL/2 with the
+of 640,000 snippets from 99% of 1,281,167 images, ImageNet's own numbers, on which that memory depends; SiT-XL/2 with
 alignment online, 16 images at once accumulated to 256, also with activations computed twice; SiT-B/2; 256 images of
 GMem's published file; and 10,000 images scored. Training goes beyond the twelve steps after which one is recorded as a
 CUDA graph, evaluates on held-out images, draws its grid and saves; networks are compiled as they are at ImageNet's
-size. Only steps, images and evaluations are few, on which memory does not depend. Each stage has its own data, so that
-one that fails stops no other; latents that no stage reads are holes in their file. PyTorch refuses what exceeds the
-limit, as a smaller card would. `--small` shrinks every size, for a machine without a GPU.
+size. Only steps, images and evaluations are few, on which memory does not depend, but for the evaluator's, which keeps
+10 kB of each image. No stage reads what another wrote, so that one that fails stops no other; latents that no stage
+reads are holes in their file. A checkpoint takes 11 GB of disk. PyTorch refuses what exceeds the limit, as a smaller
+card would. `--small` shrinks every size, for a machine without a GPU.
 """
 
 import json
@@ -63,9 +64,9 @@ def make_bank(path: Path, snippets: int, dim: int, store: Path, images: int, enc
     """A bank of random snippets, assigned to a store."""
     generator = torch.Generator().manual_seed(0)
     assignment = torch.randint(snippets, (images, 1), generator=generator)
-    facts = {"encoder": encoder, "store_fingerprint": store.name}
+    meta = {"encoder": encoder, "store_fingerprint": store.name}
     rows = torch.randn(snippets, dim, generator=generator)
-    MemoryBank(rows, [2] * snippets, assignment, facts).save(path / "bank.pth")
+    MemoryBank(rows, [2] * snippets, assignment, meta).save(path / "bank.pth")
 
 
 def make_data(data: Path, stages: list[str], small: bool, encoder: str) -> None:
@@ -147,8 +148,15 @@ def main(argv: list[str] | None = None) -> None:
     """Make the data, run the stages, write and show what they took."""
     command = parser("Run the ImageNet recipes on random data within the memory of a card of 24 GB.")
     command.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to run")
-    command.add_argument("--at-once", type=int, default=1, help="stages beside each other, whose seconds are then long")
+    command.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="stages beside each other on the GPU, each with its own limit; their seconds are then longer",
+    )
     args = command.parse_args(argv)
+    if args.work.exists() and any(args.work.iterdir()):
+        raise ValueError(f"--work {args.work}: expected an empty folder; name another, or remove what is in it")
     work, encoder = args.work.resolve(), "test_vit@64" if args.small else "dinov2-vitb14"
     weights = work / "data" / "weights"
     begin = time.perf_counter()

@@ -27,7 +27,8 @@ def main() -> None:
     sys.path[0], sys.argv, begin = os.getcwd(), words[1:] if module else words, time.perf_counter()
     cuda = torch.cuda.is_available()
     if cuda:
-        limit = float(gib) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # or every process would limit the first GPU
+        limit = float(gib) * 2**30 / torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit))
     try:
         if module:

@@ -3,7 +3,8 @@
 #   bash scripts/fashion-mnist.sh FOLDER [flags of train.py]       the same command again continues
 # FOLDER holds Fashion-MNIST's idx files (train-images-idx3-ubyte.gz …); a tenth is held out of everything.
 #   OUT=fashion-mnist             where everything goes; OUT/export is what is shipped
-#   STEPS=6696 BATCH=512 LR=1e-3 MODEL=SiT-Ti/1 CODEC=assets/fashion-mnist-vae K=1200 SCALE=16
+#   STEPS=6696 BATCH=512 LR=1e-3 MODEL=SiT-Ti/1 CODEC=assets/fashion-mnist-vae K=1200
+#   SCALE=16                      factor on the snippet in the condition (snippet_scale)
 #   IMAGES=10000 SAMPLER=euler EVALUATIONS=50
 #   METRIC=FILE                   weights of the regnetx_002@64 that scores samples (default: the miniature's)
 # Then `python -m scripts.make_assets model --source OUT` packs the asset.

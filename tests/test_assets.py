@@ -82,8 +82,8 @@ def test_model_is_the_one_that_its_card_describes(root):
     assert not re.search(r"/(tmp|home|work|root)\b", json.dumps([card, report, config["args"], config["store"]]))
     readme = (root / "assets/README.md").read_text()
     samples = report["rows"]["samples"]["metrics"]["held-out"]
-    for name, digits in (("FD-resnet18@64", ".2f"), ("Precision-resnet18@64", ".2f"), ("Recall-resnet18@64", ".2f")):
-        assert re.search(rf"\b{samples[name]:{digits}}\b", readme), name
+    for name in (f"{figure}-{report['judge']['name']}" for figure in ("FD", "Precision", "Recall")):
+        assert re.search(rf"\b{samples[name]:.2f}\b", readme), name
 
 
 def quoted_rows(readme: str) -> list[list[str]]:

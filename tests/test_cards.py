@@ -1,7 +1,9 @@
 """The recipes within the memory of a small card, tiny and on a CPU, and the `python` that holds them to it."""
 
 import json
+import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +79,8 @@ def test_arrays_that_no_stage_reads_are_holes(tmp_path):
     for complete in (True, False):
         path = tmp_path / str(complete)
         cards.make_store(path, 20, codec, "some", 5, complete)
+        latents = (path / "latents.npy").stat()
+        assert (latents.st_blocks * 512 >= latents.st_size) == complete
         store = LatentDataset(path, "some", images=complete)
         assert store.features.std() == pytest.approx(12**-0.5, rel=0.2)
         assert np.any(store.latents) == np.any(store.labels) == complete
@@ -87,8 +91,13 @@ def test_arrays_that_no_stage_reads_are_holes(tmp_path):
 def test_recipes_take_the_limited_python(root, tmp_path, monkeypatch):
     """Even where no environment is active and .venv lies ready; it notes what its commands took."""
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    shutil.copytree(root / "scripts", tmp_path / "scripts")
+    active = tmp_path / ".venv" / "bin"
+    active.mkdir(parents=True)
+    (active / "python").symlink_to(sys.executable)
+    (active / "activate").write_text(f'PATH="{active}:$PATH"\n')
     environment, notes = own.limited(tmp_path, {"NPROC": 1})
     (tmp_path / "leave.py").write_text("import sys\nsys.exit(3)\n")
     recipe = f"source scripts/launch.sh; launch {tmp_path}/leave.py"
-    assert subprocess.run(["bash", "-c", recipe], cwd=root, env=environment).returncode == 3
+    assert subprocess.run(["bash", "-c", recipe], cwd=tmp_path, env=environment).returncode == 3
     assert json.loads(notes.read_text())["command"].endswith("leave.py")

@@ -426,17 +426,22 @@ def check_attention_benchmark():
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1, keepdim=True)
 
-    launched, names = [], ("attention_keys_kernel", "attention_queries_kernel")
-    wrapped = attention.wrap_triton
+    def parameters():
+        return {name: dict(getattr(attention, name)) for name in bench.IN_ATTENTION}
+
+    launched, timed, wrapped = [], [], attention.wrap_triton
+    names = ("attention_keys_kernel", "attention_queries_kernel")
     watch = {
         "wrap_triton": lambda kernel: launched.append(kernel.fn.__name__) or wrapped(kernel),
         "_attention_op": forward,
     }
     patched = {"WIDTH": 72, "HEADS": 1, "TOKENS": 128, "HALF": torch.float32, "TOLERANCE": 1e-6}
-    patched |= {"recorded": lambda work: work, "milliseconds": lambda work: 2.0}
+    patched |= {"recorded": lambda work: timed.append(parameters()) or work, "milliseconds": lambda work: 2.0}
     with mock.patch.multiple(bench, **patched), mock.patch.multiple(attention, **watch):
         for name, in_use in (("KEYS", attention.KEYS), ("QUERIES", attention.QUERIES)):
+            timed.clear()
             before, rows = dict(in_use), list(bench.sweep(name, 2, torch.device("cpu")))
+            assert timed == [parameters() | {name: {key: row[key] for key in in_use}} for row in rows]
             assert [row["step"] for row in rows if row["chosen"]] == [in_use["step"]]
             assert in_use == before
             assert len(rows) == math.prod(map(len, bench.CHOICES[name].values())) > 1

@@ -475,7 +475,7 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     shipped = str(root / "assets" / "fashion-mnist")
     make_assets.main(["images", "--source", shipped, "--out", str(source), "--train", "200", "--test", "1"])
     make_encoder(judge, "regnetx_002")
-    sizes = {"STEPS": 4, "BATCH": 5, "K": 8, "IMAGES": 8, "EVALUATIONS": 3, "OUT": out, "METRIC": judge}
+    sizes = {"STEPS": 4, "BATCH": 5, "K": 8, "IMAGES": 8, "EVALUATIONS": 3, "OUT": out, "METRIC": judge, "SCALE": 3}
     bash(root, environment, "fashion-mnist.sh", source, *SMALL_RUN, **sizes)
     log = out / "run" / "log.jsonl"
     log.write_text(re.sub(r'("images_per_second": )[\d.]+', r"\g<1>0.5", log.read_text()))
@@ -486,6 +486,9 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     assert str(tmp_path) not in written[0] + written[1]
     assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
     assert report["training"]["seconds"] == 4 * 5 / 0.5
+    assert "snippet_scale=3" in report["training"]["model_options"]
+    default = re.search(r"METRIC:-(\S+)}\n", (root / "scripts" / "fashion-mnist.sh").read_text())[1]
+    assert (root / default).is_file()
     assert set(report["spaces"]) == {"regnetx_002@64", "latent"}
     assert "suspicious" not in report["spaces"]["latent"]  # pairs of files, of no use to others
     score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]

@@ -439,6 +439,7 @@ def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
 
         def __call__(self, images, return_patches):
             assert len(images) <= 3
+            assert not torch.is_grad_enabled()
             return None, images.reshape(len(images), 16, 4).float()
 
     monkeypatch.setattr(pairs, "load_encoder", lambda name, **options: Pixels())
