@@ -22,9 +22,7 @@ from models.autoencoder import check_codec, latents_from_moments
 from models.encoder import load_encoder
 from models.sit import conditions
 
-ALIGNED_AT_ONCE = (
-    32  # images that the alignment's encoder takes: the activations of 256 would be GBs beside the network
-)
+ALIGNED_AT_ONCE = 32  # images that the alignment's encoder takes: activations of 256 would be GBs beside the network
 
 
 class Pairs:
