@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,7 @@ from scripts.stop import StopSignal, leave_signals_alone
 
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
-GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 8
+GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 2
 HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
 TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
 
@@ -373,11 +374,22 @@ class Trainer:
         by_time = [seven_digits(value) if seen else None for value, seen in zip(total / count, count > 0, strict=True)]
         return {"holdout_loss": seven_digits(total.sum() / count.sum()), "holdout_loss_by_time": by_time}
 
-    @torch.no_grad()
     def sample(self) -> None:
-        """Write a grid of the EMA network's images from fixed noise and snippets (Euler, 50 steps)."""
+        """Draw a grid on the first process; leave it out, with a warning, where the GPU has no room for it."""
         if not self.accelerator.is_main_process:
             return
+        try:
+            self.draw_grid()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            remedy = "--sample-every 0 tries no more, --checkpoint-activations makes room"
+            warnings.warn(f"no grid of samples at step {self.step:,}: the GPU's memory is full; {remedy}", stacklevel=2)
+
+    @torch.no_grad()
+    def draw_grid(self) -> None:
+        """Write a grid of the EMA network's images from fixed noise and snippets (Euler, 50 steps)."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of pieces that are too small for what comes
         z = noise(self.args.seed, torch.arange(GRID_IMAGES), 0, self.network.latent_shape, self.device)
         cond = self.grid_condition(z)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -521,6 +522,25 @@ def test_every_condition_trains_and_draws_a_grid(folder, condition, monkeypatch,
     bars = capsys.readouterr().err.split("\r")
     assert any(bar.startswith("drawing 64 samples: 100%") for bar in bars)  # nothing else moves meanwhile
     assert not any("drawing" in bar for bar in bars[-2:])  # what remains on the screen
+
+
+def test_a_grid_that_does_not_fit_is_left_out_and_training_goes_on(folder, whole, monkeypatch):
+    """Beside a network that fills a small GPU; the rest of the run is as it would have been."""
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "euler_sampler", full)
+    monkeypatch.setattr(train, "load_codec", lambda *given, **options: SimpleNamespace(meta=lambda size: {}))
+    monkeypatch.setattr(train, "check_codec", lambda *given: None)
+    out = folder / "no-grid"
+    with pytest.warns(
+        UserWarning, match=r"no grid of samples at step 3: .* --sample-every 0 .*--checkpoint-activations"
+    ):
+        train.main(command(folder, out, "--steps", 6, "--sample-every", 3))
+    assert log(out) == log(whole)
+    assert_same(final(out)["model"], final(whole)["model"])
+    assert not list((out / "samples").glob("*"))
 
 
 def test_init_takes_what_fits_and_lists_the_rest(folder, whole, capsys):
