@@ -301,7 +301,8 @@ def model_card(exported: str, report: dict) -> str:
         f"{sampling['evaluations']} evaluations an image. FD, precision and recall are against the held-out images, in "
         f"the features of a {judge} that was trained on the training images without labels "
         "(`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the snippets. They compare with "
-        "nothing but such rows.",
+        "nothing but such rows. Scores that can be repeated from the shipped file alone stand in `scores.json` and in "
+        "[assets/README.md](../README.md#scores-to-repeat).",
         table(rows),
         "Are these copies? Searched among all images it was trained on:",
         copy_table(report),
