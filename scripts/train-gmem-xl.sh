@@ -2,16 +2,18 @@
 # GMem's first release: SiT-XL/2 on snippets, with the alignment of REPA. The same command again continues.
 #   bash scripts/train-gmem-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh. On one GPU the batch of 256 is accumulated.
-# Hardware  1, 2, 4 or 8 GPUs of 80 GB; by estimate MICRO_BATCH=32 for 40 GB, for 24 MICRO_BATCH=16 with the flag
-#           --checkpoint-activations (python -m benchmarks.cards tries it in 22 GiB), or MICRO_BATCH=8 with ALIGN=0
+# Hardware  1, 2, 4 or 8 GPUs of 80 GB; by estimate MICRO_BATCH=32 for 40 GB. For 24 GB MICRO_BATCH=16 with the flag
+#           --checkpoint-activations: within 22 GiB it took 16.5 GB at most; without the flag 16 steps ran, but the grid of
+#           samples did not fit (benchmarks/results/cards-h200.json; since then such a grid takes less, and is left out
+#           if it does not fit). By estimate MICRO_BATCH=8 with ALIGN=0 fits, too
 # Memory    a GPU: 22 bytes · 683M parameters = 15.0 GB, and activations; the flag --dry-run prints an estimate. Measured
 #           without alignment on one H200: 58.3 GB at 128 images, 20.5 GB at 16 (benchmarks/results/train-*h200*.json);
 #           the VAE takes about 1 GB more for the grids of samples (none with --sample-every 0)
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
-# Time      one H200 without alignment: 562 images/s at 32 a step, 642 at 128, 506 at 16 within 22 GiB
-#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/562 + 1/8,009) = 525, and 400,000 · 256 /
-#           (8 · 525) = 24,400 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing (two lost 5 to 8%);
-#           one alone, 128 images at once: 1 / (1/642 + 1/8,009) = 594, 48 hours
+# Time      one H200 without alignment: 560 images/s at 32 a step, 645 at 128, 506 at 16 within 22 GiB
+#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/560 + 1/8,009) = 523, and 400,000 · 256 /
+#           (8 · 523) = 24,500 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing (two lost 5 to 8%);
+#           one alone, 128 images at once: 1 / (1/645 + 1/8,009) = 597, 48 hours
 # Alignment the encoder alone does 8,009 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 7% of the time, and
 #           needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is added,
 #           but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
