@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         tried = [read_json(path) for path in sorted((folder / "search").glob("*.json"))]
         tried = [run for run in (sampled_by(run, args.by) for run in tried) if run["curve"]] if args.by else tried
         write("\n\n".join(page(arms, rows, tried, args.by)), folder / f"table{ending}.md")
-        save(draw(arms, floor), folder / f"curve{ending}.png")
+        save(draw(arms, floor, args.by), folder / f"curve{ending}.png")
         if not args.by and (pictures := draw_samples(folder, arms)):
             save(pictures, folder / "samples.png")
         if (name := dataset(arms)) in CHARACTERS:

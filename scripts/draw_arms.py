@@ -37,13 +37,16 @@ FURTHER = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")  # for other a
 MARKERS = ("o", "s", "^")
 
 
-def draw(arms: dict[str, Arm], floor: float) -> Figure:
-    """Distance over steps and over seconds of training, a line for each arm; other arms below, and the bank's size."""
+def draw(arms: dict[str, Arm], floor: float, by: str | None = None) -> Figure:
+    """Distance over steps and over seconds of training, a line for each arm; other arms below, and the bank's size.
+
+    `by` is the way that points were sampled, where it is not that of the curves.
+    """
     first = {name: arm for name, arm in arms.items() if name in PRIMARY} or arms
     others = {name: arm for name, arm in arms.items() if name not in first}
     rows = 2 if others else 1
     figure = Figure(figsize=(9, 4 * rows), layout="constrained")
-    figure.suptitle(dataset(arms))
+    figure.suptitle(f"{dataset(arms)}, sampled by {by}" if by else dataset(arms))
     panels = figure.subplots(rows, 2, squeeze=False)
     draw_curves(panels[0, 0], first, floor)
     draw_curves(panels[0, 1], first, floor, rates(arms))

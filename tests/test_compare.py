@@ -326,26 +326,46 @@ def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, 
     assert not quoted
     labels, bank, own = (found["glyphs", arm] for arm in ("label", "nearest-10", "own"))
     clothes = [found["fashion", arm] for arm in ("label", "nearest-10", "own")]
-    short = " ".join(report[report.index("- **On glyphs the claim depends") :].partition("\n- ")[0].split())
-    assert f"at {labels.lasts[0]} with labels and at {bank.lasts[0]} with the bank" in short
-    assert f"({labels.points[1]} against {bank.points[1]})" in short
-    assert f"({own.lasts[0]}, one seed, {own.ratio}×)" in short
+    short = " ".join(report[report.index("- **By Heun's method, which follows") :].partition("\n- ")[0].split())
+    assert f"end at {labels.lasts[0]} with labels and {bank.lasts[0]} with the bank" in short
+    assert f"({labels.points[2]} against {bank.points[2]})" in short
+    assert f"end at {own.lasts[0]} and are {own.ratio}× sooner" in short
     figures = clothes[0].lasts[0], clothes[1].lasts[0], clothes[1].ratio, clothes[2].lasts[0]
     assert "{} with labels, {} with the bank (two seeds, {}×), {} with own features (one)".format(*figures) in short
     assert [arm.seeds for arm in (labels, bank, own, *clothes)] == ["3", "3", "1", "3", "2", "1"]
-    added = [float(arm.lasts[1]) - float(arm.lasts[0]) for arm in (labels, bank)]
-    text = " ".join(chapter.split())
-    assert "add {:.3f} to what labels end with, and {:.3f} to the bank".format(*added) in text
-    assert f"({labels.of} against {bank.of})" in text
     assert bank.ratio is None  # the mean does not come to labels' last, which the rule calls a failure
+    text, apart = " ".join(chapter.split()), "{:.3f} ± {:.3f}".format(*difference(root, lambda point, heun: heun))
+    assert f"level ({apart})" in short
+    assert f"({apart})" in text
+    added = [float(arm.lasts[1]) - float(arm.lasts[0]) for arm in (labels, bank)]
+    assert "add {:.3f} to what labels end with and {:.3f} to the bank".format(*added) in text
+    more = difference(root, lambda point, heun: heun - point)  # of the bank than of labels
+    assert "the difference is {:.2f} ± {:.2f}".format(*more) in text
+    assert f"({labels.of} against {bank.of})" in text
+    falls = re.search(
+        r"FD falls by (\d+%) from 4,000 to 8,000 steps", (tmp_path / "glyphs/table-heun-50.md").read_text()
+    )
+    assert f"falls by {1 - float(bank.points[3]) / float(bank.points[2]):.0%}, labels by {falls[1]}" in text
     readme = " ".join(readme.split())
     assert (
-        "labels end there at {} instead of {} and the bank at {} instead of {}".format(*labels.lasts, *bank.lasts)
-        in readme
+        "labels end at {} instead of {} and the bank at {} instead of {}".format(*labels.lasts, *bank.lasts) in readme
     )
-    assert f"({own.lasts[0]}, one seed, {float(own.ratio):.1f} times sooner)" in readme
+    assert f"({labels.points[2]} against {bank.points[2]})" in readme
+    assert f"end at {own.lasts[0]} and are {float(own.ratio):.1f} times sooner, but that is one seed" in readme
     sooner = f"{float(clothes[1].ratio):.1f} times sooner (two seeds)"
-    assert f"{clothes[1].lasts[0]} against {clothes[0].lasts[0]} and {sooner}" in readme
+    assert f"{clothes[1].lasts[0]} against {clothes[0].lasts[0]}, {sooner}" in readme
+
+
+def difference(root, value):
+    """Bank less labels on glyphs at the last step, in the mean of the seeds, and its standard error."""
+    means, squares = [], 0.0
+    for arm in ("nearest-10", "label"):
+        paths = (root / "benchmarks/miniature/glyphs/again").glob(f"{arm}-?.json")
+        lasts = [json.loads(path.read_text())["curve"][-1] for path in paths]
+        values = [value(last["held_out"]["fd"], last["heun-50"]["held_out"]["fd"]) for last in lasts]
+        means.append(np.mean(values))
+        squares += np.var(values, ddof=1) / len(values)
+    return means[0] - means[1], squares**0.5
 
 
 CONDITIONS = {  # of the README's table
