@@ -385,6 +385,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.memory and args.resident:
+        raise ValueError("--memory with --resident: it times no resident steps; leave one of them out")
     if args.memory and not torch.cuda.is_available():
         raise ValueError("--memory measures a GPU's memory, and no GPU is here")
     if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:

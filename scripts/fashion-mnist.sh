@@ -8,9 +8,10 @@
 #   IMAGES=10000 SAMPLER=euler EVALUATIONS=50
 #   METRIC=FILE                   weights of the regnetx_002@64 that scores samples (default: the miniature's)
 # Then `python -m scripts.make_assets model --source OUT` packs the asset.
-# Time      4 minutes on an H200 that others used too, of which training 2; a CPU takes hours
+# Time      4 minutes on an H200 that others used too (training: 2), when it trained its judge as well; a CPU takes hours
 # Disk      0.5 GB
-# Expected  OUT/card.md like assets/gmem-fashion-mnist/README.md, up to the rounding of a GPU and the judge
+# Expected  OUT/card.md with the lines of assets/gmem-fashion-mnist/README.md; FD, precision, recall, KD and copies do not
+#           compare with those there, which are of another judge (resnet18@64)
 set -euo pipefail
 if [ $# -lt 1 ]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"

@@ -53,7 +53,8 @@ def test_resident_steps_read_the_same_batch_from_the_device(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--memory", "no GPU"), ("--exchange 25:8", "25:8: there is one process")]
+    ("words", "message"),
+    [("--memory", "no GPU"), ("--memory --resident", "leave one"), ("--exchange 25:8", "25:8: there is one process")],
 )
 def test_what_cannot_be_measured_here_is_said_at_once(words, message):
     with pytest.raises(ValueError, match=message):
