@@ -307,6 +307,8 @@ def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, 
         compare.main([str(tmp_path / name), "--by", "heun-50"])
         page = (tmp_path / name / "table-heun-50.md").read_text()
         assert page == (folder / "table-heun-50.md").read_text(), f"python -m scripts.compare {folder} --by heun-50"
+        assert page.count("| not run |") == 3
+        assert (folder / "controls.json").read_bytes() == (folder.parent / "controls.json").read_bytes()
         by_euler = "\n\n".join(compare.page(read_arms(folder), {}, []))
         for arm in read_arms(folder):
             row = [*quoted.pop(f"{name}, `{arm}`")[0].values()][1:]
