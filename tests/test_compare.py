@@ -530,7 +530,7 @@ def test_pages_and_figures_say_where_their_runs_come_from(tmp_path):
     assert draw(arms, 1.5)._supxlabel is None
 
 
-def test_curves_by_another_way_to_sample(tmp_path, capsys):
+def test_curves_by_another_way_to_sample(tmp_path, capsys, monkeypatch):
     """Points that have its figures, and runs that have such points; the usual page stays as it is."""
     for arm, distances in (("label", FLAT), ("own", faster(2)), ("none", FLAT)):
         path = write(tmp_path, arm, distances, copies=audit(0.5), variants=WAYS)
@@ -541,7 +541,10 @@ def test_curves_by_another_way_to_sample(tmp_path, capsys):
         path.write_text(json.dumps(run))
     compare.main([str(tmp_path)])
     usual = (tmp_path / "table.md").read_text()
+    drawn = []
+    monkeypatch.setattr(compare, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     compare.main([str(tmp_path), "--by", "heun-50"])
+    assert drawn[0].get_suptitle() == "toy, sampled by heun-50"
     assert (tmp_path / "table.md").read_text() == usual
     page = (tmp_path / "table-heun-50.md").read_text()
     assert page.startswith("# toy: FD to held-out images, sampled by heun-50, the mean of the seeds")
