@@ -9,7 +9,7 @@ alignment online, 16 images at once accumulated to 256, also with activations co
 GMem's published file; and 10,000 images scored. Training goes beyond the twelve steps after which one is recorded as a
 CUDA graph, evaluates on held-out images, draws its grid and saves; networks are compiled as they are at ImageNet's
 size. Only steps, images and evaluations are few, on which memory does not depend, but for the evaluator's, which keeps
-10 kB of each image. No stage reads what another wrote, so that one that fails stops no other; latents that no stage
+12 kB of each image. No stage reads what another wrote, so that one that fails stops no other; latents that no stage
 reads are holes in their file. A checkpoint takes 11 GB of disk. PyTorch refuses what exceeds the limit, as a smaller
 card would. `--small` shrinks every size, for a machine without a GPU.
 """

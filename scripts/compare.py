@@ -5,8 +5,8 @@
     python -m scripts.compare benchmarks/miniature/glyphs --by heun-50          # of the points that are scored by it
     python -m scripts.compare benchmarks/miniature/glyphs --check my-run.json
 
-Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), FOLDER/controls.json and
-        FOLDER/search/*.json
+Reads   FOLDER/*.json, the runs that scripts/miniature.py wrote (any arms and seeds), FOLDER/search/*.json, and
+        controls.json there or in the folder above
 Writes  FOLDER/curve.png   distance to held-out images over steps and over seconds of training: mean and range of seeds;
                            a second row for the arms that are not primary, and for the size of the bank. Seconds are
                            those of the fastest run with or without alignment, since runs may have shared a GPU
@@ -76,6 +76,7 @@ from scripts.arms import (
 from scripts.draw_arms import draw, draw_diversity, draw_samples
 from scripts.verdict import Finding, conditions, flattening, sanity, verdict
 
+CONTROLS = "controls.json"  # of a folder, or of the one that it lies in, as again/ does
 DEVIATIONS = 3  # from the seeds' mean, within which a run agrees with them
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(not all(inside))
     grown = {}
     for folder, arms in sets.items():
-        controls = folder / "controls.json"
-        rows = read_json(controls)["rows"] if controls.is_file() else {}
+        found = [path for path in (folder / CONTROLS, folder.parent / CONTROLS) if path.is_file()]
+        rows = read_json(found[0])["rows"] if found else {}
         floor = dig(rows, (FLOOR, "held_out", "fd"))
         tried = [read_json(path) for path in sorted((folder / "search").glob("*.json"))]
         tried = [run for run in (sampled_by(run, args.by) for run in tried) if run["curve"]] if args.by else tried

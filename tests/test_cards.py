@@ -62,6 +62,13 @@ def test_a_stage_that_fails_is_recorded_and_shown(tmp_path, unlimited, monkeypat
     assert "the GPU is too small" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "make_data", lambda *given: pytest.fail("data were made"))
+    (tmp_path / "earlier").mkdir()
+    with pytest.raises(ValueError, match=r"--work .*: expected an empty folder"):
+        main(small(tmp_path))
+
+
 def test_the_stages_are_the_recipes_with_a_small_cards_settings(tmp_path):
     commands = {stage: command_of(stage, tmp_path, tmp_path / stage, small=False) for stage in STAGES}
     variables, words = commands["train"]
