@@ -148,10 +148,9 @@ def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
         going_on = arms[name].steps[-1] < whole  # and may still come to it
 
         def met(of: list[Reach], good: Callable) -> bool | None:
-            """Whether ratios are good; None if one of them may yet become so."""
-            if all(good(one.ratio) for one in of):
-                return True
-            return None if going_on and any(one.steps is None for one in of) else False
+            """Whether all ratios are good; None if none is known to be bad, but one is a bound or may yet come."""
+            states = [good(one.ratio) or (None if one.at_once or (going_on and not one.steps) else False) for one in of]
+            return False if False in states else None if None in states else True
 
         passed = met([mean], bool), met([mean], lambda ratio: ratio >= RATIO), met(seeds, lambda ratio: ratio > 1)
         figures = ratio_of(mean), ratio_of(mean), ", ".join(map(ratio_of, seeds))

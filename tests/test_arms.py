@@ -100,6 +100,24 @@ def test_a_baseline_that_rises_again_had_its_last_distance_sooner(tmp_path):
     assert not conditions(arms, "own")[1].passed
 
 
+def test_a_bound_below_what_is_asked_leaves_it_open(tmp_path):
+    """There by the first point: as soon as a baseline that is there by it, too, or sooner, perhaps twice. One seed
+    that is known to be late decides, whatever the bounds of the others; a bound above what is asked is enough."""
+
+    def found(name, label, *seeds):
+        for seed, last in enumerate(seeds):
+            write(tmp_path / name, "own", [last] * 5, seed)
+        write(tmp_path / name, "label", label)
+        return conditions(read_arms(tmp_path / name), "own")
+
+    bounds = found("bounds", [2] * 5, 1, 1)[:3]
+    assert [(one.passed, one.figures) for one in bounds] == [(True, "≥ 1×"), (None, "≥ 1×"), (None, "≥ 1×, ≥ 1×")]
+    said = verdict(found("again", [2] * 5, 1))
+    assert said.startswith("open; not known: ratio at least 2, ratio above 1 for each seed")
+    assert [one.passed for one in found("late", [2] * 5, 1, 2.9)[:3]] == [True, None, False]
+    assert [one.passed for one in found("sure", FLAT, 1, 1)[:3]] == [True] * 3
+
+
 def test_a_target_is_as_sure_as_the_seeds_that_set_it(tmp_path):
     """Seeds at 1 and 4: 16,000/step is there after 16,000 and 4,000 steps, of which it has 8,000."""
     write(tmp_path, "own", power_law(16_000, 1))
