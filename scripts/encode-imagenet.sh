@@ -2,13 +2,13 @@
 # ImageNet's training images to latents of sd-vae-ft-mse and class tokens of DINOv2 ViT-B/14; 1% are held out.
 #   IMAGENET=/data/imagenet/train bash scripts/encode-imagenet.sh [flags of scripts.encode_dataset]
 # IMAGENET is a folder of class folders, a zip or a tar. Variables: HOLDOUT, KEEP_IMAGES=no, and those of imagenet.sh.
-# Hardware  any number of GPUs, with three CPU cores each for the JPEGs or more (a core decodes 243 a second)
+# Hardware  any number of GPUs, with three CPU cores each for the JPEGs or more (a core decodes 251 a second)
 # Memory    9.3 GB of one H200 for 64 images in two views at once; the recipe takes 64 in one view, or 32 in two
 # Disk      1,281,167 images at 256 px: 21 GB of latents (4·32·32 means and stds in 2 bytes), 2 GB of class tokens
 #           (768 in 2 bytes), 252 GB of pixels for the alignment; at 512 px four times the latents and pixels
-# Time      582 images/s in two views on one H200 (benchmarks/results/encode-h200-x1.json, random weights): 1,281,167 /
-#           582 = 2,200 s = 37 minutes; one view is less work. Estimate for eight: an eighth, if the disk takes
-#           8 · 582 · 256·256·3 bytes = 0.9 GB of pixels a second
+# Time      577 images/s in two views on one H200 (benchmarks/results/encode-h200-x1.json, random weights): 1,281,167 /
+#           577 = 2,220 s = 37 minutes; one view is less work. Estimate for eight: an eighth, if the disk takes
+#           8 · 577 · 256·256·3 bytes = 0.9 GB of pixels a second
 # Expected  data/imagenet256 with 1% fewer images than the source, the others in data/imagenet256-holdout
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"
