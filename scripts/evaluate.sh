@@ -12,7 +12,7 @@
 # Writes RUN/quick/0050000.euler-50-n10000.json … and curve.png. No figure of it compares with tables of 50,000 images.
 #
 # Either runs on all GPUs of this machine (NPROC=1: on one). Scoring 50,000 images of 256 px against a reference of 10,000
-# took 48 s on one H200 (benchmarks/results/evaluate-h200.json); the card scores three such sets more, and what the
+# took 46 s on one H200 (benchmarks/results/evaluate-h200.json); the card scores three such sets more, and what the
 # sampling takes for a curve stands in sample-gmem-xl-ode.sh.
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
