@@ -12,7 +12,7 @@
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
 # Time      one H200 without alignment: 560 images/s at 32 a step, 645 at 128, 506 at 16 within 22 GiB
 #           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/560 + 1/8,099) = 524, and 400,000 · 256 /
-#           (8 · 524) = 24,400 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing (two lost 5 to 8%);
+#           (8 · 524) = 24,400 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing (two lost 5 to 10%);
 #           one alone, 128 images at once: 1 / (1/645 + 1/8,099) = 597, 48 hours
 # Alignment the encoder alone does 8,099 images/s on one H200 (benchmarks/results/encode-h200-x1.json), 6 to 7% of the time,
 #           and needs the store's images, 252 GB; with tokens stored instead (encode-imagenet.sh --patches) nothing is
