@@ -138,6 +138,8 @@ def run(stage: str, work: Path, small: bool, variables: dict[str, object]) -> di
     noted = [json.loads(line) for line in notes.read_text().splitlines()]
     assert noted or status, f"{stage} has run a python that is not held to the limit"
     row |= {key: max(note[key] for note in noted) for key in ("peak_gb", "reserved_gb") if noted and key in noted[0]}
+    if stage.startswith("train"):
+        row["grids"] = len(list(out.glob("samples/*.png")))  # none where the memory left no room for one
     if status:
         print(f"{stage} ended with status {status}:\n{log.read_text(errors='replace')[-2000:]}", flush=True)
     shutil.rmtree(out)  # 11 GB of a checkpoint
@@ -173,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{'peak GB':>8}  {'reserved':>8}  {'seconds':>7}  {'status':>6}  stage, {LIMIT} GiB a process")
     for row in rows:
         peak, reserved = row.get("peak_gb", 0), row.get("reserved_gb", 0)
-        print(f"{peak:8.2f}  {reserved:8.2f}  {row['seconds']:7.1f}  {row['status']:6}  {row['stage']}")
+        grid = "" if row.get("grids", 1) else ", without its grid of samples"
+        print(f"{peak:8.2f}  {reserved:8.2f}  {row['seconds']:7.1f}  {row['status']:6}  {row['stage']}{grid}")
     if any(row["status"] for row in rows):
         sys.exit(f"not every stage ended well; {work}/*.log say why")
 

@@ -48,7 +48,10 @@ def test_stages_at_a_tiny_size(tmp_path, unlimited, capsys):
     assert "4 images in" in logs["sample"]
     assert "FID" in logs["evaluate"]
     assert not any((tmp_path / stage).exists() for stage in stages)  # whose checkpoints fill a disk
-    assert "2.50" in capsys.readouterr().out
+    assert {row["stage"]: row["grids"] for row in result["stages"] if "grids" in row} == {"train": 1}
+    shown = capsys.readouterr().out
+    assert "2.50" in shown
+    assert "without its grid" not in shown
 
 
 def test_a_stage_that_fails_is_recorded_and_shown(tmp_path, unlimited, monkeypatch, capsys):
@@ -58,8 +61,10 @@ def test_a_stage_that_fails_is_recorded_and_shown(tmp_path, unlimited, monkeypat
     with pytest.raises(SystemExit, match="not every stage ended well"):
         main(small(tmp_path, "--stages", *words))
     result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["status"] for row in result["stages"]] == [2, 0]
-    assert "the GPU is too small" in capsys.readouterr().out
+    assert [(row["status"], row.get("grids")) for row in result["stages"]] == [(2, 0), (0, None)]
+    shown = capsys.readouterr().out
+    assert "the GPU is too small" in shown
+    assert "train, without its grid of samples" in shown
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path, monkeypatch):
