@@ -235,6 +235,8 @@ def ratio_of(reached: Reach) -> str:
     """A ratio as text."""
     if not reached.steps:
         return "not reached"
+    if reached.at_once and reached.ratio == 1:  # the baseline was there by the first point, too
+        return "not known"
     return f"{'≥ ' if reached.at_once else ''}{reached.ratio:.3g}×"
 
 

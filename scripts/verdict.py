@@ -148,7 +148,7 @@ def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
         going_on = arms[name].steps[-1] < whole  # and may still come to it
 
         def met(of: list[Reach], good: Callable) -> bool | None:
-            """Whether all ratios are good; None if none is known to be bad, but one is a bound or may yet come."""
+            """Whether all ratios are good. None if none is known not to be, but one is a bound, or may yet come."""
             states = [good(one.ratio) or (None if one.at_once or (going_on and not one.steps) else False) for one in of]
             return False if False in states else None if None in states else True
 

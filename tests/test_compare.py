@@ -13,7 +13,20 @@ from scipy.stats import t as student
 from test_arms import FLAT, SETTINGS, audit, controls, faster, made_on, power_law, write
 
 from scripts import compare
-from scripts.arms import FLOOR, PRIMARY, SHARES, Arm, missing, reach, read_arms, read_run, targets
+from scripts.arms import (
+    FLOOR,
+    PRIMARY,
+    SHARES,
+    Arm,
+    missing,
+    ratio_of,
+    reach,
+    read_arms,
+    read_run,
+    spread,
+    steps_to,
+    targets,
+)
 from scripts.compare import check, lenders, reached
 from scripts.draw_arms import COLOURS, GAP, draw, draw_diversity, draw_samples
 from scripts.miniature_data import DATA
@@ -344,10 +357,17 @@ def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, 
     assert [arm.seeds for arm in (labels, bank, own, *clothes)] == ["3"] * 6
     assert bank.ratio is None  # the mean does not come to labels' last, which the rule calls a failure
     text, apart = " ".join(chapter.split()), "{:.3f} ± {:.3f}".format(*difference(root, lambda point, heun: heun))
-    assert f"level ({apart})" in short
+    assert f"not told apart ({apart}, standard error)" in short
     assert f"({apart})" in text
-    added = [float(arm.lasts[1]) - float(arm.lasts[0]) for arm in (labels, bank)]
+    both = [[last_of(path) for path in (root / AGAIN).glob(f"{arm}-?.json")] for arm in ("label", "nearest-10")]
+    added = [np.mean([euler - heun for euler, heun in lasts]) for lasts in both]
     assert "add {:.3f} to what labels end with and {:.3f} to the bank".format(*added) in text
+    seeds = read_arms(root / AGAIN, "heun-50")
+    target, curve = targets(seeds)["label"], seeds["label"]
+    soonest = min(filter(None, (steps_to(target.distance, curve.steps, one) for one in curve.distances.T)))
+    assert f"one seed of labels is at labels' mean after {soonest:,.0f} steps" in text
+    bounds = [ratio_of(one).replace("≥ ", "at least ") for one in spread(seeds["own"], target)]
+    assert "{} to the best and {} to the worst of labels' seeds".format(*bounds) in text
     behind = "lower at 8,000, by {:.3f} ± {:.3f}".format(*difference(root, lambda point, heun: -heun, "own"))
     assert behind in text
     more = difference(root, lambda point, heun: heun - point)  # of the bank than of labels
@@ -367,6 +387,9 @@ def test_the_report_and_the_readme_quote_what_was_sampled_by_both_methods(root, 
     assert f"{clothes[1].lasts[0]} against {clothes[0].lasts[0]}, {sooner}" in readme
 
 
+AGAIN = "benchmarks/miniature/glyphs/again"
+
+
 def last_of(path):
     """A run's last FD by Euler's and by Heun's method."""
     point = json.loads(path.read_text())["curve"][-1]
@@ -379,7 +402,10 @@ def test_the_report_quotes_the_larger_scale(root, tmp_path):
     chapter = report[report.index("### A larger scale") :].partition("\n##")[0]
     quoted = [[*row.values()] for rows in entries(chapter).values() for row in rows]
     expected = []
+    shutil.copy(folder / "controls.json", tmp_path)
+    (tmp_path / "scale-1").mkdir()
     for arm in ("label", "nearest-10", "own"):
+        shutil.copy(folder / f"again/{arm}-0.json", tmp_path / "scale-1")
         runs = [json.loads((folder / f"{name}/{arm}-0.json").read_text()) for name in ("again", "scale-6")]
         assert [run["settings"].pop("scale") for run in runs] == [1, 6]
         assert runs[0]["settings"] == runs[1]["settings"]
@@ -390,43 +416,70 @@ def test_the_report_quotes_the_larger_scale(root, tmp_path):
             expected.append([f"`{arm}`", scale, *(f"{fd:.3g}" for fd in fds)])
         assert 0 < 1 - runs[1]["curve"][-1]["holdout_loss"] / runs[0]["curve"][-1]["holdout_loss"] < 0.02
     assert quoted == expected
-    shutil.copytree(folder / "scale-6", tmp_path / "scale-6")
-    shutil.copy(folder / "controls.json", tmp_path)
-    ratios = []
-    for words, file in (([], "table.md"), (["--by", "heun-50"], "table-heun-50.md")):
-        compare.main([str(tmp_path / "scale-6"), *words])
-        page = (tmp_path / "scale-6" / file).read_text()
-        assert page == (folder / "scale-6" / file).read_text()
-        sizes = entries(page, "## Size of the bank")
-        ratios.append([sizes[share][0]["ratio over label"] for share in ("10%", "100%")])
-        assert ("no curve jumps up                               | FAILED" in page) == (file == "table.md")
-    (bank, own), (by_heun, own_by_heun) = ratios
+    shutil.copytree(folder / "scale-6", tmp_path / "scale-6", ignore=shutil.ignore_patterns("*.md"))
+    ratios = {}
+    for name in ("scale-1", "scale-6"):
+        for words, file in (([], "table.md"), (["--by", "heun-50"], "table-heun-50.md")):
+            compare.main([str(tmp_path / name), *words])
+            page = (tmp_path / name / file).read_text()
+            sizes = entries(page, "## Size of the bank")
+            ratios[name, file] = [sizes[share][0]["ratio over label"] for share in ("10%", "100%")]
+            if name == "scale-6":
+                assert page == (folder / name / file).read_text()
+                assert ("no curve jumps up                               | FAILED" in page) == (file == "table.md")
+                assert (sizes["10%"][0]["order of the arms"] == "nearest-10 and own swap") == (file != "table.md")
+    (bank, own), (by_heun, own_by_heun) = (ratios["scale-6", file] for file in ("table.md", "table-heun-50.md"))
+    before = ratios["scale-1", "table.md"] + ratios["scale-1", "table-heun-50.md"]
     text = " ".join(chapter.split())
     assert f"{bank} for the bank and {own} for own features, by Heun's {by_heun} and at least {own_by_heun[2:]}" in text
+    assert "give {} and {}, by Heun's {} and {};".format(*before) in text
+    curves = [read_arms(tmp_path / name) for name in ("scale-1", "scale-6")]
+    target = curves[0]["label"].distances[-1][0]
+    steps = [steps_to(target, one["nearest-10"].steps, one["nearest-10"].distances[:, 0]) for one in curves]
+    assert f"to {target:.3f} after {steps[1]:.0f} steps instead of {steps[0]:.0f}." in text
     audits = entries((folder / "scale-6/table.md").read_text(), "## Are these")
-    assert f"({audits['nearest-10'][0]['near copies']} of the bank's samples in features)" in text
-    short = " ".join(report[report.index("- **The scale decides") :].partition("\n- ")[0].split())
-    before, after = (last_of(folder / name / "nearest-10-0.json") for name in ("again", "scale-6"))
-    assert "from {0:.3f} to {2:.3f}, by Heun's from {1:.3f} to {3:.3f}".format(*before, *after) in short
-    assert f"ratios are {bank} and {by_heun}" in short
-    assert f"bring the bank to {after[1]:.3f} (one seed)" in " ".join((root / "README.md").read_text().split())
+    assert f"({audits['nearest-10'][0]['near copies']} of the bank's in features)" in text
+    short = " ".join(report[report.index("- **A larger scale") :].partition("\n- ")[0].split())
+    lasts = [last_of(folder / name / "nearest-10-0.json") for name in ("again", "scale-6")]
+    assert "from {0:.3f} to {2:.3f}, by Heun's from {1:.3f} to {3:.3f}".format(*lasts[0], *lasts[1]) in short
+    assert f"ratios are {bank} and {by_heun}, at a scale of 1 they are {before[0]} and {before[2]}" in short
+    assert f"bring the bank to {lasts[1][1]:.3f} (one seed)" in " ".join((root / "README.md").read_text().split())
 
 
 def test_the_report_quotes_fashions_other_arms_by_heuns_method(root):
     report, folder = (root / "evaluations/miniature.md").read_text(), root / "benchmarks/miniature/fashion"
-    text = " ".join(report[report.index("- By Heun's method the six new ones end") :].partition("\n- ")[0].split())
+    text = report[report.index("- By Heun's method, of one seed each, six of these end") :].partition("\n- ")[0]
+    text = " ".join(text.split())
     for arm in ("nearest-1", "rows-10", "label+nearest-10", "dropout-0", "dropout-40", "label-dropout-0"):
         assert f"{last_of(folder / f'{arm}-0.json')[1]:.3f} (`{arm}`)" in text
     curves = entries((folder / "again/table-heun-50.md").read_text(), "## Curves")
     bank, labels = (curves[arm][0]["4,000 steps"] for arm in ("nearest-10", "label"))
-    assert f"the {bank} and {labels} of the bank and of labels" in text
+    assert f"the means of three seeds, {bank} for the bank and {labels} for labels" in text
+
+
+def test_the_report_quotes_the_ratios_at_one_rate(root):
+    """On glyphs with 2e-3 for all: to labels' lowest point, and to their last by the rule."""
+    report, runs = (root / "evaluations/miniature.md").read_text(), {}
+    for arm in ("label", "nearest-10", "own"):
+        curve = read_run(root / f"benchmarks/miniature/glyphs/search/{arm}-lr0.002-scale1.json")["curve"]
+        runs[arm] = zip(*((point["step"], point["held_out"]["fd"]) for point in curve), strict=True)
+        runs[arm] = [np.array(numbers) for numbers in runs[arm]]
+    steps, labels = runs["label"]
+    short = " ".join(report[report.index("- **The learning rate moves") :].partition("\n- ")[0].split())
+    lowest, first = labels.argmin(), steps_to(labels[-1], *runs["label"])
+    assert f"lowest after {steps[lowest]:,} steps ({labels[lowest]:.3f})" in short
+    assert f"({labels[-1]:.3f}, which they had after {first:,.0f} steps)" in short
+    sooner = [steps[lowest] / steps_to(labels[lowest], *runs[arm]) for arm in ("nearest-10", "own")]
+    assert "the bank takes {:.3g}× fewer steps and `own` {:.3g}×".format(*sooner) in short
+    later = [first / steps_to(labels[-1], *runs[arm]) for arm in ("nearest-10", "own")]
+    assert "both are later than labels: {:.2f}× and {:.2f}×".format(*later) in short
 
 
 def difference(root, value, arm="nearest-10"):
     """An arm, the bank unless told, less labels on glyphs at the last step: the seeds' mean, and its standard error."""
     means, squares = [], 0.0
     for name in (arm, "label"):
-        paths = (root / "benchmarks/miniature/glyphs/again").glob(f"{name}-?.json")
+        paths = (root / AGAIN).glob(f"{name}-?.json")
         lasts = [json.loads(path.read_text())["curve"][-1] for path in paths]
         values = [value(last["held_out"]["fd"], last["heun-50"]["held_out"]["fd"]) for last in lasts]
         means.append(np.mean(values))
