@@ -13,6 +13,7 @@ memory, which holds the random store and bank, not ones of ImageNet's size.
 Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
 counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads, so many
 of which, 8 at most, lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
+":bf16" rounds what is exchanged, which halves it; train.py does not.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -308,9 +310,9 @@ def by_kind(record: profile, runs: int, wall: float) -> dict:
 
 
 def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The network wrapped for exchanging gradients in each of the ways MB[:BLOCKS[:CLUSTER]], by name."""
+    """The network wrapped for exchanging gradients in each of the ways MB[:BLOCKS[:CLUSTER]][:bf16], by name."""
     for words in how:
-        megabytes, *numbers = words.split(":")
+        megabytes, *numbers = words.removesuffix(":bf16").split(":")
         options, name = None, f"buckets of {megabytes} MB, NCCL chooses its blocks"
         if numbers:
             options = torch.distributed.ProcessGroupNCCL.Options()
@@ -323,6 +325,9 @@ def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.
         wrapped = DistributedDataParallel(
             trainer.network, process_group=group, bucket_cap_mb=float(megabytes), gradient_as_bucket_view=True
         )
+        if words.endswith(":bf16"):
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+            name += ", rounded to bf16"
         yield name, wrapped
 
 
@@ -375,7 +380,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="also show where the time goes; at the last of --batches",
     )
     add("--resident", action="store_true", help="also time train.py --resident, at all --batches")
-    add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS[:CLUSTER]]", help="ways to exchange gradients")
+    add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS[:CLUSTER]][:bf16]", help="ways to exchange gradients")
     add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
     add("--train-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to train.py")

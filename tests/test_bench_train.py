@@ -1,6 +1,7 @@
 """The benchmark of training runs on a CPU: it times train.py's own steps, after a comparison with float32."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -50,6 +51,18 @@ def test_resident_steps_read_the_same_batch_from_the_device(tmp_path):
         }
     assert trainer.data is data
     assert not trainer.args.resident
+
+
+def test_two_processes_exchange_gradients_in_the_ways_that_are_named(root, environment, tmp_path):
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["--model", "SiT-Ti/4", "--batches", "1", "--steps", "1", "--images", "64", "--exchange", "25", "25:bf16"]
+    command = [*torchrun, "-m", "benchmarks.bench_train", *words, "--out", str(tmp_path / "out.json")]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=200)
+    result = json.loads((tmp_path / "out.json").read_text())
+    way = "buckets of 25 MB, NCCL chooses its blocks"
+    assert [row["what"] for row in result["rows"]] == ["one process alone", "train.py", way, f"{way}, rounded to bf16"]
+    assert all(row["share_of_linear"] > 0 for row in result["rows"][1:])
+    assert all(len(row["seconds_of_each"]) == 2 for row in result["rows"])
 
 
 @pytest.mark.parametrize(
