@@ -89,14 +89,17 @@ def test_the_tree_names_files_that_exist(root):
 def test_links_lead_somewhere(root):
     """Relative ones to a file, and behind a # to a heading of it, as GitHub names them."""
 
+    def prose(path):
+        return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+
     def headings(path):
-        lines = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M), re.M)
+        lines = re.findall(r"^#+ (.*)$", prose(path), re.M)
         return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
     pages = [page for folder in ("assets", "benchmarks", "evaluations") for page in (root / folder).rglob("*.md")]
     found = 0
     for page in [root / "README.md", *pages]:
-        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
             if not link.startswith(("https:", "http:")):
                 name, _, heading = link.partition("#")
                 path = page.parent / name if name else page
