@@ -3,11 +3,13 @@
     python -m scripts.make_assets images --source FOLDER
     python -m scripts.make_assets vae --source FOLDER
     python -m scripts.make_assets model --source OUT
+    python -m scripts.make_assets candidates --source OUT OUT OUT
 
 FOLDER holds the four idx files of Fashion-MNIST (`train-images-idx3-ubyte.gz` …). `images` keeps the first rows of each
 under the same names. `vae` trains an AutoencoderKL on the 60,000 training images, framed in black to 32×32, and writes
 it in diffusers' format with a report of its errors on the 10,000 test images; a GPU takes minutes, a CPU most of a day.
-OUT is what `bash scripts/fashion-mnist.sh FOLDER` left: `model` takes its export and writes its model card.
+OUT is what `bash scripts/fashion-mnist.sh FOLDER` left: `model` takes its export and writes its model card, and
+`candidates` lists what several of them score, the one to ship first.
 """
 
 import argparse
@@ -32,11 +34,13 @@ from memory.files import atomic, read_json, sha256, write_json
 from models.autoencoder import latents_from_moments, load_codec, to_uint8
 from models.checkpoint import EXPORTED
 from scripts.cost import training_hours
+from scripts.export import without_folders
 from scripts.sources import IDX_IMAGES, IDX_LABELS, read_idx
 
 MAGIC = {"images-idx3": IDX_IMAGES, "labels-idx1": IDX_LABELS}
 SIZE = 32  # the images' side after framing: the 28 pixels of Fashion-MNIST are no multiple of 8
 LATENT_CHANNELS = 4
+COMPARED = ("samples", "random training images")  # rows of evaluations.controls that candidates are listed with
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,6 +61,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     vae.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
     model = commands.add_parser("model", help="pack what scripts/fashion-mnist.sh trained")
     model.set_defaults(run=make_model, out=Path("assets/gmem-fashion-mnist"))
+    candidates = commands.add_parser("candidates", help="list what several such models score")
+    candidates.set_defaults(run=make_candidates, out=Path("assets/gmem-fashion-mnist"))
+    candidates.add_argument("--source", type=Path, nargs="+", required=True, help="folders as for model")
+    candidates.add_argument("--out", type=Path, help="folder to write")
     given = "folder with Fashion-MNIST's four idx files"
     for command, source in ((images, given), (vae, given), (model, "folder that scripts/fashion-mnist.sh wrote")):
         command.add_argument("--source", type=Path, required=True, help=source)
@@ -237,6 +245,19 @@ def make_model(args: argparse.Namespace) -> None:
     print((args.out / "README.md").read_text())
 
 
+def make_candidates(args: argparse.Namespace) -> None:
+    """Write `candidates.json`: how each model was trained, and its scores and copies beside those of real images."""
+    found = []
+    for report in map(describe, args.source):
+        kept = {name: report[name] for name in ("training", "sampling", "judge")}
+        scores = {title: row["metrics"]["held-out"] for title, row in report["rows"].items() if title in COMPARED}
+        figures = ("near_copies", "near_copies_held_out", "excess", "standard_error")
+        spaces = {name: {figure: space[figure] for figure in figures} for name, space in report["spaces"].items()}
+        found.append({"sha256": report["file"]["sha256"], **kept, "scores": scores, "spaces": spaces})
+    write_json(args.out / "candidates.json", found)
+    print(json.dumps(found, indent=2))
+
+
 def describe(source: Path) -> dict:
     """What the results of scripts/fashion-mnist.sh say of the model, without the folders that it was made in.
 
@@ -250,10 +271,14 @@ def describe(source: Path) -> dict:
         raise ValueError(f"--source {source}: its samples are of another network than its export; sample again")
     lines = [json.loads(line) for line in (source / "run" / "log.jsonl").read_text().splitlines()]
     made = config["runs"][-1]
+    (scale,) = (option.split("=")[1] for option in config["args"]["model_options"] if "snippet_scale" in option)
     held_out = [line for line in lines if "holdout_loss" in line][-1]
     names = ("steps", "batch_size", "lr", "ema_decay", "model_options", "precision", "seed")
     training = {name: config["args"][name] for name in names} | {"steps": samples["settings"]["training_steps"]}
+    variables = {"CODEC": without_folders(config)["codec"]["name"], "MODEL": config["args"]["model"], "SCALE": scale}
+    variables |= {"STEPS": training["steps"], "BATCH": training["batch_size"], "LR": training["lr"], "K": bank["k"]}
     training |= {
+        "variables": {name: str(value) for name, value in variables.items()},  # of scripts/fashion-mnist.sh
         "images_trained_on": config["store"]["num_images"],
         "seconds": round(training_hours(source / "run") * 3600),
     }
@@ -279,7 +304,9 @@ def model_card(exported: str, report: dict) -> str:
     """The export's card, how the network was trained, and what was measured."""
     training, sampling, judge = report["training"], report["sampling"], report["judge"]["name"]
     images = training["steps"] * training["batch_size"]
+    variables = " ".join(f"{name}={value}" for name, value in training["variables"].items())
     held_out, size = report["holdout_loss"], report["file"]["bytes"] / 1e6
+    drawn = "the pixels" if training["variables"]["CODEC"] == "pixels" else "the codec's latents"
     rows = [
         {"": title, "N": f"{row['num_images']:,}"}
         | {name.removesuffix(f"-{judge}"): f"{value:.4g}" for name, value in row["metrics"]["held-out"].items()}
@@ -289,22 +316,24 @@ def model_card(exported: str, report: dict) -> str:
     sections = [
         exported.rstrip(),
         "## Training",
-        f"`bash scripts/fashion-mnist.sh FOLDER`: {training['images_trained_on']:,} of Fashion-MNIST's 60,000 training "
-        f"images, the others held out of everything. {training['steps']:,} steps of {training['batch_size']} images, "
+        f"`{variables} bash scripts/fashion-mnist.sh FOLDER`, by code {training['code']}: "
+        f"{training['images_trained_on']:,} of Fashion-MNIST's 60,000 training images, the others held out of "
+        f"everything. {training['steps']:,} steps of {training['batch_size']} images, "
         f"{images / training['images_trained_on']:,.0f} epochs, in {training['seconds']} seconds on one "
-        f"{training['device']} ({training['date'][:10]}, torch {training['versions']['torch']}), AdamW at "
-        f"{training['lr']:g}, EMA {training['ema_decay']}, {', '.join(training['model_options'])}. Loss on held-out "
-        f"images at step {held_out['step']:,}: {held_out['loss']:.4f}. Weights and bank are in float16 in one file of "
-        f"{size:.1f} MB.",
+        f"{training['device']} ({training['date'][:10]}, torch {training['versions']['torch']}, "
+        f"{training['precision']}), AdamW at {training['lr']:g}, EMA {training['ema_decay']}, "
+        f"{', '.join(training['model_options'])}. Loss on held-out images at step {held_out['step']:,}: "
+        f"{held_out['loss']:.4f}. Weights and bank are in float16 in one file of {size:.1f} MB.",
         "## What it scores",
         f"Sampled with these weights and the bank before its rounding, by {sampling['sampler']} with "
-        f"{sampling['evaluations']} evaluations an image. FD, precision and recall are against the held-out images, in "
-        f"the features of a {judge} that was trained on the training images without labels "
-        "(`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the snippets. They compare with "
-        "nothing but such rows. Scores that can be repeated from the shipped file alone stand in `scores.json` and in "
+        f"{sampling['evaluations']} evaluations an image in {sampling['precision']}. FD, precision, recall and KD are "
+        f"against the held-out images, in the features of a {judge} that was trained on the training images without "
+        "labels (`scripts/train_metric_encoder.py`) and is unrelated to the encoder of the snippets; its weights have "
+        f"SHA-256 {report['judge']['sha256']}. They compare with rows of as many samples by the same judge and "
+        "images. Scores of fewer samples, to repeat on a CPU, stand in `scores.json` and in "
         "[assets/README.md](../README.md#scores-to-repeat).",
         table(rows),
-        "Are these copies? Searched among all images it was trained on:",
+        f"Are these copies? Searched among all images it was trained on (latent: {drawn} that the network draws):",
         copy_table(report),
         bank_lines(report["bank"]),
         "## Licence",

@@ -62,7 +62,7 @@ def test_vae_is_as_good_as_its_report(root, images, report):
 
 
 def test_vae_has_the_shape_the_demo_trains_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # from anywhere by the name that the model in assets/ knows it by
+    monkeypatch.chdir(tmp_path)  # from anywhere by its name in assets/, which a model trained on it keeps
     meta = load_codec("assets/fashion-mnist-vae").meta(32)
     assert meta["latent_shape"] == [4, 8, 8]
     assert meta["image_channels"] == 1
@@ -78,17 +78,54 @@ def test_model_is_the_one_that_its_card_describes(root):
     model, config, bank = load_model(folder)
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card
     assert (len(bank), bank.dim, int(bank.freq.sum())) == (report["bank"]["k"], 1280, config["store"]["num_images"])
-    assert config["steps"] == report["training"]["steps"]
+    assert (config["steps"], config["codec"]["name"]) == (report["training"]["steps"], "pixels")
+    assert sha256(root / "benchmarks/miniature/fashion/metric.safetensors") == report["judge"]["sha256"]
+    assert f"SHA-256 {report['judge']['sha256']}" in card
     assert not re.search(r"/(tmp|home|work|root)\b", json.dumps([card, report, config["args"], config["store"]]))
+
+
+def test_readme_quotes_the_candidates(root):
+    """The table of what the recipe made by other settings; the best of them, first in the record, is shipped."""
+    folder = root / "assets/gmem-fashion-mnist"
     readme = (root / "assets/README.md").read_text()
-    samples = report["rows"]["samples"]["metrics"]["held-out"]
-    for name in (f"{figure}-{report['judge']['name']}" for figure in ("FD", "Precision", "Recall")):
-        assert re.search(rf"\b{samples[name]:.2f}\b", readme), name
+    report, candidates = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "candidates"))
+    judge, expected = report["judge"]["name"], []
+    for candidate in candidates:
+        training, scores = candidate["training"], candidate["scores"]
+        assert candidate["judge"] == report["judge"]
+        assert candidate["sampling"] == report["sampling"]
+        assert scores["random training images"] == report["rows"]["random training images"]["metrics"]["held-out"]
+        same = ("code", "steps", "batch_size", "lr", "seed", "images_trained_on", "device", "versions")
+        assert {name: training[name] for name in same} == {name: report["training"][name] for name in same}
+        cells = [f"`{training['variables'][name]}`" for name in ("CODEC", "MODEL", "SCALE")]
+        copies = [f"{space['near_copies']:.2%}" for space in candidate["spaces"].values()]
+        expected.append([*cells, *quoted_scores(scores["samples"], judge), *copies])
+    held_out = [f"{space['near_copies_held_out']:.2%}" for space in candidates[0]["spaces"].values()]
+    expected.append(["random training images", "", "", *quoted_scores(scores["random training images"], judge), "", ""])
+    expected.append(["held-out images", "", "", "", "", "", "", *held_out])
+    assert quoted_rows(readme, "### What it was chosen from")[1:] == expected
+    shipped = candidates[0]
+    assert shipped["sha256"] == report["file"]["sha256"]
+    assert shipped["scores"]["samples"] == report["rows"]["samples"]["metrics"]["held-out"]
+    assert shipped["training"] == report["training"]
+    assert len({json.dumps(candidate["training"]["variables"]) for candidate in candidates}) == len(candidates) == 3
+    assert min(candidates, key=lambda candidate: candidate["scores"]["samples"][f"FD-{judge}"]) == shipped
+    assert not re.search(r"/(tmp|home|work|root)\b", json.dumps(candidates))
+    training = report["training"]
+    facts = (f"{training['seconds']} seconds", training["date"][:10], training["versions"]["torch"])
+    for fact in (*facts, f"{training['steps']:,} steps of {training['batch_size']}"):
+        assert fact in " ".join(readme.split()), fact
 
 
-def quoted_rows(readme: str) -> list[list[str]]:
-    """The cells of the tables under that heading of assets/README.md, row by row."""
-    text = readme.partition("### Scores to repeat")[2].partition("\n## ")[0]
+def quoted_scores(metrics: dict[str, float], judge: str) -> list[str]:
+    """FD to three digits, precision and recall to three places, KD to two digits."""
+    fd, precision, recall, kd = (metrics[f"{name}-{judge}"] for name in ("FD", "Precision", "Recall", "KD"))
+    return [f"{fd:#.3g}", f"{precision:.3f}", f"{recall:.3f}", f"{kd:.2g}"]
+
+
+def quoted_rows(readme: str, heading: str) -> list[list[str]]:
+    """The cells of the tables under a heading of assets/README.md, row by row."""
+    text = re.split(r"\n##+ ", readme.partition(f"\n{heading}\n")[2])[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
 
@@ -104,15 +141,26 @@ def test_readme_quotes_the_record_of_scores(root):
         draws = f" ± {row['deviation']['fd']:#.2g}" if "deviation" in row else ""
         figures = [f"{row['fd']:#.3g}{draws}", *(f"{row[name]:.3f}" for name in ("precision", "recall"))]
         expected.append([row["images"], f"{row['num_images']:,}", *figures])
+    for row in record["chance"]["rows"][:2]:
+        assert f"{row['standard_error']:.2f} for {row['num_images']:,}" in readme, row["images"]
     for row in record["chance"]["rows"][2:]:
         assert f"{abs(row['more_than_euler']):.2f} ± {row['standard_error_of_it']:.2f}" in readme, row["images"]
+    words = " ".join(readme.split())
+    assert f"only go through it score FD {record['vae']['fd']:.2f} ({record['vae']['num_images']:,} of them" in words
+    second = [f"{row['fd']:.0f} for {{}}" for row in record["second_judge"]["rows"]]
+    told = "its FD is " + ", ".join(second[:2]) + " and " + second[2]
+    assert told.format("the shipped model", "`SCALE=16` on latents", "training images") in words
+    tied = [record["row_position_and_brightness"][rule]["row and brightness"] for rule in ("noise", "random")]
+    correlations = "[{:.2f}, and {:.2f} with random rows]".format(*(value["correlation"] for value in tied))
+    assert correlations in (root / "evaluations/miniature.md").read_text()
     pairs = ("row and brightness", "mean of the noise and brightness", "row and mean of the noise")
     for rule in ("noise", "random"):
         values = [record["row_position_and_brightness"][rule][pair] for pair in pairs]
         expected.append(
             [f"`{rule}`", *(f"{value['correlation']:.3f} ± {value['standard_error']:.3f}" for value in values)]
         )
-    assert [cells for cells in quoted_rows(readme) if re.search(r"\d", " ".join(cells[1:]))] == expected
+    quoted = quoted_rows(readme, "### Scores to repeat")
+    assert [cells for cells in quoted if re.search(r"\d", " ".join(cells[1:]))] == expected
     for fact in (record["run"]["date"][:10], f"torch {record['run']['versions']['torch']}", record["judge"]["encoder"]):
         assert fact in readme.partition("### Scores to repeat")[2], fact
 
@@ -136,8 +184,9 @@ def test_recorded_code_frames_images_as_the_store_does(root, tmp_path):
 def test_recorded_rows_are_those_that_the_noise_points_to(root):
     """The record's correlation of row and noise, which needs no images, comes out again."""
     record = json.loads((root / "assets/gmem-fashion-mnist/scores.json").read_text())["row_position_and_brightness"]
-    bank, images = load_model(root / "assets/gmem-fashion-mnist")[2], torch.arange(record["noise"]["num_images"])
-    z, u = noise(0, images, 0, (4, 8, 8)), uniform(0, images, SNIPPET_DRAW)
+    network, _, bank = load_model(root / "assets/gmem-fashion-mnist")
+    images = torch.arange(record["noise"]["num_images"])
+    z, u = noise(0, images, 0, network.latent_shape), uniform(0, images, SNIPPET_DRAW)
     for rule, choose in snippet_rules.items():
         pair = torch.stack([choose(bank, z, u).double(), z.double().mean((1, 2, 3))])
         recorded = record[rule]["row and mean of the noise"]["correlation"]

@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks import recipes as bench
 from benchmarks.path import make_encoder
+from memory.files import sha256
 from models.checkpoint import load_model
 from models.sit import SiT_models
 from scripts import make_assets
@@ -487,8 +488,15 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
     assert report["training"]["seconds"] == 4 * 5 / 0.5
     assert "snippet_scale=3" in report["training"]["model_options"]
-    default = re.search(r"METRIC:-(\S+)}\n", (root / "scripts" / "fashion-mnist.sh").read_text())[1]
-    assert (root / default).is_file()
+    given = {"CODEC": "pixels", "MODEL": "SiT-Ti/4", "SCALE": "3", "STEPS": "4", "BATCH": "5", "LR": "0.001", "K": "8"}
+    assert report["training"]["variables"] == given
+    assert "`" + " ".join(f"{name}={value}" for name, value in given.items()) + " bash scripts/fashion" in written[0]
+    make_assets.main(["candidates", "--source", str(out), str(out), "--out", str(tmp_path / "asset")])
+    (candidate, again) = json.loads((tmp_path / "asset" / "candidates.json").read_text())
+    assert candidate == again
+    assert candidate["scores"]["samples"] == report["rows"]["samples"]["metrics"]["held-out"]
+    assert candidate["spaces"]["latent"].items() < report["spaces"]["latent"].items()
+    assert str(tmp_path) not in json.dumps(candidate)
     assert set(report["spaces"]) == {"regnetx_002@64", "latent"}
     assert "suspicious" not in report["spaces"]["latent"]  # pairs of files, of no use to others
     score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]
@@ -502,6 +510,22 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
         make_assets.main(["model", "--source", str(out), "--out", str(tmp_path / "asset")])
     with pytest.raises(ValueError, match=r"no export/model\.safetensors; run `bash scripts/fashion-mnist\.sh`"):
         make_assets.main(["model", "--source", str(tmp_path)])
+
+
+def test_the_shipped_model_is_of_the_default_recipe(root):
+    """The variables in the head and in the lines of scripts/fashion-mnist.sh, and its judge, are those of the asset."""
+    report = json.loads((root / "assets" / "gmem-fashion-mnist" / "report.json").read_text())
+    head, lines = (root / "scripts" / "fashion-mnist.sh").read_text().split("\nset -euo pipefail\n")
+    of_lines = dict(re.findall(r"\$\{([A-Z]+):-([^}]*)\}", lines))
+    assert sha256(root / of_lines["METRIC"]) == report["judge"]["sha256"]
+    for defaults in (of_lines, dict(re.findall(r"\b([A-Z]+)=(\S+)", head))):
+        defaults["LR"] = f"{float(defaults['LR']):g}"
+        assert {name: defaults[name] for name in report["training"]["variables"]} == report["training"]["variables"]
+        samples = {"IMAGES": report["rows"]["samples"]["num_images"], "SAMPLER": report["sampling"]["sampler"]}
+        samples |= {"EVALUATIONS": report["sampling"]["evaluations"]}
+        assert {name: defaults[name] for name in samples} == {name: str(value) for name, value in samples.items()}
+    score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]
+    assert f"FD to held-out images is {score:.2f};" in head
 
 
 def test_a_limited_python_notes_what_a_command_took(root, tmp_path):
