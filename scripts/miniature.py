@@ -13,7 +13,7 @@ other is at. miniature_data.py holds data sets and arms, miniature_run.py one ru
 Points are scored by Euler's method and, from 1,000 steps on, by Heun's too. Runs from before that stay as they are,
 until the command is given with `--again`: it moves their logs and weights to folders other/DATE/, and trains and scores
 them anew, or takes the search's run of the same settings where that has been repeated. So it does with runs of other
-settings, which are not overwritten without it.
+settings, or that ended at other steps, which are not overwritten without it.
 
 Reads   ROOT/sources/ (glyphs are rendered, Fashion-MNIST is Debian's package), and LOGS/DATASET/metric.safetensors,
         the encoder that scores, so that figures of different days compare
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="SiT-S/4", help="preset of models/sit.py")
     add("--batch-size", type=int, default=256, help="of training")
     add("--variants", action="store_true", help="also sample the last checkpoint in the arm's other ways")
-    add("--again", action="store_true", help="set aside what lacks figures or has other settings, and do it anew")
+    add("--again", action="store_true", help="set aside what lacks figures or points or has other settings; do it anew")
     add("--seconds", type=float, default=math.inf, help="begin no run that would end later than this")
     add("--root", type=Path, default=Path("runs/miniature"), help="folder of everything large")
     add("--logs", type=Path, default=Path("benchmarks/miniature"), help="folder of the logs")

@@ -109,7 +109,7 @@ class Run:
         or of one that `--again` repeats.
 
         Raises:
-            ValueError: it has other settings, and is not to be repeated.
+            ValueError: it has other settings, or ended without a point that is asked for, and is not to be repeated.
         """
         if not self.path.is_file():
             self.adopt()
@@ -117,11 +117,15 @@ class Run:
         new = {"format": 1, "dataset": self.data.name, "arm": self.arm, "seed": self.seed, "settings": self.settings}
         new |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
         changed = bool(log) and log["settings"] != self.settings
-        if changed and not self.args.again:
-            remedy = "--again moves it to other/ and does the run anew"
-            raise ValueError(f"{self.path} has other settings, {differing(log, new)}; {remedy}")
-        self.repeated = self.args.again and (changed or incomplete(log))
-        cut_off = log.get("steps", 0) < self.args.steps and not self.folder.is_dir()  # a curve is of one training
+        lacking = sorted({*self.points} - {point["step"] for point in log.get("curve", ())})
+        ended = "copies" in log and bool(lacking)  # whose weights of other steps are gone: a curve is of one training
+        if (changed or ended) and not self.args.again:
+            what = f"has other settings, {differing(log, new)}"
+            if not changed:
+                what = f"is finished at step {log['steps']:,}, without points at {', '.join(map(str, lacking))}"
+            raise ValueError(f"{self.path} {what}; --again moves it to other/ and does the run anew")
+        self.repeated = self.args.again and (changed or ended or incomplete(log))
+        cut_off = log.get("steps", 0) < self.args.steps and not self.folder.is_dir()
         lost = cut_off and "diverged" not in log
         return new if not log or lost or self.repeated else log
 

@@ -44,8 +44,8 @@ def places(root, tmp_path_factory):
         yield base
 
 
-def run(places, *words):
-    miniature.main(["fashion", *words, *TOY, "--root", str(places / "root"), "--logs", str(places / "logs")])
+def run(places, *words, more=()):
+    miniature.main(["fashion", *words, *TOY, *more, "--root", str(places / "root"), "--logs", str(places / "logs")])
 
 
 def prepared(places, *words):
@@ -134,6 +134,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert "/nearest-10-3/heun-50 " in by_heun["command"]
     assert {key: by_heun[key] for key in ("held_out", "training")} == found["curve"][1]["heun-50"]
     cut_off = found | {"steps": 1, "curve": [found["curve"][0] | {"seconds": -1}]}
+    del cut_off["copies"]  # which end a run
     (places / "logs" / "fashion" / "nearest-10-3.json").write_text(json.dumps(cut_off))
     shutil.rmtree(places / "root" / "runs" / "fashion" / "nearest-10-3")
     run(places, "nearest-10", "--seeds", "3")
@@ -432,3 +433,25 @@ def test_the_script_of_the_whole_protocol_has_every_arm(root, tmp_path):
     for name in searches:  # its own weights would give figures that do not compare
         weights = f"{name}/metric.safetensors"
         assert (logs / weights).read_bytes() == (root / "benchmarks" / "miniature" / weights).read_bytes()
+
+
+def test_a_finished_run_is_not_continued_by_another_training(places, monkeypatch, capsys):
+    """Longer, or with points in between: its curve would be of two trainings, its log lost."""
+    given = ("none", "--lr", "1e-3", "--seeds", "12")
+    run(places, *given)
+    old = log(places, "none-12")
+    with pytest.raises(ValueError, match=r"none-12\.json is finished at step 2, without points at 4; --again moves it"):
+        run(places, *given, more=("--steps", "4"))
+    shutil.rmtree(places / "root" / "runs" / "fashion" / "none-12")
+    with pytest.raises(ValueError, match=r"none-12\.json is finished at step 2, without points at 4; --again moves it"):
+        run(places, *given, more=("--steps", "4"))
+    monkeypatch.setattr(miniature_run, "CURVE", (1,))
+    with pytest.raises(ValueError, match=r"without points at 1; --again"):
+        run(places, *given)
+    assert log(places, "none-12") == old
+    run(places, *given, "--again")
+    assert [point["step"] for point in log(places, "none-12")["curve"]] == [1, 2]
+    assert log(places, f"other/{old['made']['date'][:10]}/none-12") == old
+    capsys.readouterr()
+    run(places, *given)
+    assert "$" not in capsys.readouterr().out
