@@ -118,7 +118,8 @@ class Pairs:
         if name in stored:
             return name, None
         if name and self.meta.get("has_images"):
-            return None, load_encoder(name, weights=self.args.align_encoder_weights, device=self.device)
+            place = {"device": self.device, "dtype": torch.bfloat16 if self.args.precision == "bf16" else torch.float32}
+            return None, load_encoder(name, weights=self.args.align_encoder_weights, **place)
         raise ValueError(
             f"--align-coeff {self.args.align_coeff} needs patch tokens: the store {self.args.store} holds them for "
             f"{', '.join(stored) or 'no encoder'} and --align-encoder is {name}; encode the dataset with --patches, or "

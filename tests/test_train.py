@@ -443,7 +443,8 @@ def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
             assert not torch.is_grad_enabled()
             return None, images.reshape(len(images), 16, 4).float()
 
-    monkeypatch.setattr(pairs, "load_encoder", lambda name, **options: Pixels())
+    made = []
+    monkeypatch.setattr(pairs, "load_encoder", lambda name, **options: made.append(options["dtype"]) or Pixels())
     monkeypatch.setattr(pairs, "ALIGNED_AT_ONCE", 3)  # of 8
     seen = []
     align = train.Pairs.align_targets
@@ -457,6 +458,9 @@ def test_alignment_reads_the_view_of_the_latent(folder, source, monkeypatch):
         rows, views = rows_of_step(IMAGES, 8, 0, step % 6), views_of_step(8, VIEWS, 0, step % 6)
         assert torch.equal(target.float(), torch.from_numpy(tokens[rows, views]).float())
     assert len(seen) == 2 * 6
+    if source == "online":
+        pairs.Pairs(train.parse([*words, "--precision", "bf16"]), torch.device("cpu"))
+        assert made == [torch.float32] * 2 + [torch.bfloat16]  # as the network's
     assert {"velocity", "align"} <= log(out)[0].keys()
     assert log(folder / f"run-{source}") == log(out)
     for part in ("model", "ema", "opt"):
