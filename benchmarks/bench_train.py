@@ -13,7 +13,8 @@ memory, which holds the random store and bank, not ones of ImageNet's size.
 Batches are images a process. Under torchrun the steps are also timed without exchanging gradients, the slowest process
 counts, and `--exchange` times buckets of so many MB, exchanged by at most so many of NCCL's blocks of threads, so many
 of which, 8 at most, lie side by side on the GPU (as 24 blocks in clusters of 4, which is NCCL's choice on Hopper).
-":bf16" rounds what is exchanged, which halves it; train.py does not.
+":bf16" rounds what is exchanged, which halves it; train.py does not. `--align` also times the alignment term, whose
+encoder runs on the store's images.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,12 +42,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from benchmarks.path import make_encoder
 from dataset import FORMAT, META, layout
 from loss import FlowMatchingLoss, draw
 from memory.bank import MemoryBank
 from memory.files import write_json
 from memory.pairs import Pairs
 from memory.provenance import provenance
+from models.encoder import recipe_of
 from models.kernels import fast_attention
 from models.replay import WARM_STEPS, Replay
 from models.sit import SiT_models
@@ -63,18 +67,27 @@ GROUPS = {  # kinds of kernels, by words in their names; the first that matches 
 }
 
 
-def make_data(folder: Path, images: int, image_size: int = 256) -> None:
-    """A store of random moments and features, and a random bank that was assigned to it."""
+def make_data(folder: Path, images: int, image_size: int = 256, with_images: bool = False) -> None:
+    """A store of random moments and features, on request also of images, and a random bank that was assigned to it."""
     side = [image_size // PIXELS] * 2
     codec = {"name": "random", "scale": 0.18215, "shift": 0.0, "latent_shape": [CHANNELS, *side]}
     codec |= {"moments_shape": [2 * CHANNELS, *side]}
     meta = {"format": FORMAT, "num_images": images, "num_views": 1, "views": ["original"], "image_size": image_size}
     meta |= {"codec": codec | {"dtype": "float16", "image_channels": 3, "sha256": None}, "image_channels": 3}
-    meta |= {"encoders": {"random": {"dim": SNIPPET_DIM}}, "patches": {}, "has_images": False, "num_classes": 1000}
+    meta |= {
+        "encoders": {"random": {"dim": SNIPPET_DIM}},
+        "patches": {},
+        "has_images": with_images,
+        "num_classes": 1000,
+    }
     random = np.random.default_rng(0)
     for file, (shape, dtype) in layout(meta).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / file, random.random(shape, np.float32).astype(dtype))
+        pixels = dtype == np.uint8
+        np.save(
+            folder / file,
+            random.integers(256, size=shape, dtype=dtype) if pixels else random.random(shape, np.float32).astype(dtype),
+        )
     write_json(folder / META, meta | {"fingerprint": "random", "complete": True})
     assignment = torch.from_numpy(random.integers(0, SNIPPETS, (images, 1)))
     snippets = torch.randn(SNIPPETS, SNIPPET_DIM, generator=torch.Generator().manual_seed(0))
@@ -137,9 +150,11 @@ def operations(network: Callable[..., object], *inputs: Tensor) -> int:
 
 
 def training_flops(network: nn.Module, device: torch.device) -> int:
-    """Operations of a training step for one image: a forward pass, and twice as many backward."""
+    """Operations of a training step for one image: a forward pass, with the alignment heads if there are any, and twice
+    as many backward."""
     shapes = (network.latent_shape, (), (SNIPPET_DIM,))
-    return 3 * operations(network, *(torch.rand(1, *shape, device=device) for shape in shapes))
+    forward = partial(network, return_tokens=True) if network.projectors else network
+    return 3 * operations(forward, *(torch.rand(1, *shape, device=device) for shape in shapes))
 
 
 def difference(given: list[Tensor], expected: list[Tensor]) -> float:
@@ -353,6 +368,22 @@ def small_cards(folder: Path, model: str, batches: list[int], steps: int, accumu
         torch.cuda.empty_cache()
 
 
+def aligned(args: argparse.Namespace, folder: Path) -> Iterator[tuple[int, int, dict]]:
+    """Operations an image, batch, and speed and memory, of train.py with the alignment term, whose frozen encoder (of
+    random weights) runs on the store's images in every step."""
+    weights, batches = folder / "encoder.safetensors", args.batches
+    make_encoder(weights, recipe_of(args.align).model)
+    flags = ["--align-coeff", "0.5", "--align-encoder", args.align, "--align-encoder-weights", str(weights)]
+    trainer = make_trainer(folder, args.model, batches[0], [*args.train_args, *flags])
+    encoder, size = trainer.data.align_encoder, args.image_size
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    flops = training_flops(trainer.network, trainer.device) + operations(lambda images: encoder(images, True), image)
+    trainer.prepare()
+    with fast_attention(trainer.device, trainer.network.pos_embed.shape[1]):
+        for batch in batches:
+            yield flops, batch, timed(trainer, batch, args.steps)
+
+
 def show(rows: list[dict], columns: dict[str, str]) -> None:
     """Print a table; `columns` maps keys of the rows to formats."""
     print("  ".join(f"{key:>17}" for key in columns))
@@ -380,6 +411,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="also show where the time goes; at the last of --batches",
     )
     add("--resident", action="store_true", help="also time train.py --resident, at all --batches")
+    how = "also time the alignment term, at all --batches; the encoder, of random weights, runs on the store's images"
+    add("--align", nargs="?", const="dinov2-vitb14", metavar="ENCODER", help=how)
     add("--exchange", nargs="+", default=[], metavar="MB[:BLOCKS[:CLUSTER]][:bf16]", help="ways to exchange gradients")
     add("--memory", action="store_true", help="only memory within 22 GiB; --batches are micro-batches of --accumulated")
     add("--accumulated", type=int, default=256, help="images of a step of --memory; 0 for two micro-batches")
@@ -390,14 +423,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.memory and args.resident:
-        raise ValueError("--memory with --resident: it times no resident steps; leave one of them out")
+    if args.memory and (args.resident or args.align):
+        other = "--resident" if args.resident else "--align"
+        raise ValueError(f"--memory with {other}: it times no such steps; leave one of them out")
     if args.memory and not torch.cuda.is_available():
         raise ValueError("--memory measures a GPU's memory, and no GPU is here")
     if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), args.images, args.image_size)
+        make_data(Path(folder), args.images, args.image_size, with_images=bool(args.align))
         for result in small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder)):
             save(args.out, argv, result)
 
@@ -437,7 +471,7 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     rows, linear = [], {}  # and images/s of all processes, if none waited for another, by batch
     result |= {"operations_an_image": flops, "rows": rows, "profiles": []}
 
-    def add_row(what: str, batch: int, processes: int, numbers: dict) -> None:
+    def add_row(what: str, batch: int, processes: int, numbers: dict, flops: int = flops) -> None:
         rate = batch * processes / numbers["seconds_a_step"]
         tflops = rate / processes * flops / 1e12
         row = {"what": what, "batch": batch, "images_per_second": rate, "tflops": tflops}
@@ -475,6 +509,13 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
                 yield result
     trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
     exchanging = alone = model = None
+    if args.align:
+        gc.collect()
+        for more, batch, numbers in aligned(args, folder):
+            result["operations_an_image_aligned"] = more
+            add_row("train.py aligned", batch, world, numbers, more)
+            yield result
+        gc.collect()  # its trainer
     if args.reference is not None:
         for batch in args.reference or args.batches:
             add_row("peers' recipe", batch, 1, peers(plain, batch, max(1, args.steps // 3), device))

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import bench_train
+from benchmarks.path import make_encoder
 from memory.resident import ResidentDataset
+from models.encoder import load_encoder
 
 
 def test_it_writes_what_it_measured(tmp_path, capsys):
@@ -36,6 +38,29 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
     assert result["operations_an_image"] == 3 * 2 * counted_macs()
     assert {"code", "device", "processes", "versions", "command", "date"} <= result.keys()
     assert "images_per_second" in capsys.readouterr().out
+
+
+def test_aligned_steps_run_the_encoder_and_count_it(tmp_path):
+    """test_vit at 128 px gives 8×8 tokens of 64 numbers, as many as SiT-Ti/4 has of width 192."""
+    out = tmp_path / "train.json"
+    words = ["--model", "SiT-Ti/4", "--batches", "2", "3", "--steps", "1", "--images", "8", "--align", "test_vit@128"]
+    bench_train.main([*words, "--out", str(out), "--train-args", "--model-options", "align_depth=3"])
+    result = json.loads(out.read_text())
+    ways = [(row["what"], row["batch"]) for row in result["rows"]]
+    assert ways == [("train.py", 2), ("train.py", 3), ("train.py aligned", 2), ("train.py aligned", 3)]
+    assert all(row["images_per_second"] > 0 for row in result["rows"])
+    more = result["operations_an_image_aligned"] - result["operations_an_image"]
+    hidden, tokens = 2048, 64
+    head = 3 * 2 * tokens * (192 * hidden + hidden * hidden + hidden * 64)
+    encoder = load_encoder("test_vit@128", weights=saved_encoder(tmp_path)).model
+    weights = sum(module.weight.numel() for module in encoder.modules() if isinstance(module, torch.nn.Linear))
+    assert head < more < head + 2 * 65 * weights * 2  # with the encoder's patches and its attention
+    assert more > head + 2 * 65 * weights * 0.99
+
+
+def saved_encoder(folder):
+    make_encoder(folder / "weights.safetensors", "test_vit")
+    return folder / "weights.safetensors"
 
 
 def test_resident_steps_read_the_same_batch_from_the_device(tmp_path):
@@ -67,7 +92,12 @@ def test_two_processes_exchange_gradients_in_the_ways_that_are_named(root, envir
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--memory", "no GPU"), ("--memory --resident", "leave one"), ("--exchange 25:8", "25:8: there is one process")],
+    [
+        ("--memory", "no GPU"),
+        ("--memory --resident", "leave one"),
+        ("--memory --align", "--align: it times no"),
+        ("--exchange 25:8", "25:8: there is one process"),
+    ],
 )
 def test_what_cannot_be_measured_here_is_said_at_once(words, message):
     with pytest.raises(ValueError, match=message):
