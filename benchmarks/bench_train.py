@@ -24,6 +24,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -65,6 +66,7 @@ GROUPS = {  # kinds of kernels, by words in their names; the first that matches 
     "copies": ("memcpy", "memset"),
     "norm, pointwise": ("",),
 }
+EXCHANGE = r"\d+(\.\d+)?(:\d+){0,2}(:bf16)?"  # MB[:BLOCKS[:CLUSTER]][:bf16]
 
 
 def make_data(folder: Path, images: int, image_size: int = 256, with_images: bool = False) -> None:
@@ -341,7 +343,7 @@ def exchanges(trainer: train.Trainer, how: list[str]) -> Iterator[tuple[str, nn.
             trainer.network, process_group=group, bucket_cap_mb=float(megabytes), gradient_as_bucket_view=True
         )
         if words.endswith(":bf16"):
-            wrapped.register_comm_hook(None, bf16_compress_hook)
+            wrapped.register_comm_hook(group, bf16_compress_hook)
             name += ", rounded to bf16"
         yield name, wrapped
 
@@ -430,6 +432,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--memory measures a GPU's memory, and no GPU is here")
     if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
+    if unread := [words for words in args.exchange if not re.fullmatch(EXCHANGE, words)]:
+        raise ValueError(f"--exchange {unread[0]}: expected MB[:BLOCKS[:CLUSTER]][:bf16], as 25, 25:bf16 or 25:24:4")
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.images, args.image_size, with_images=bool(args.align))
         for result in small_table(args, Path(folder)) if args.memory else speed_table(args, Path(folder)):

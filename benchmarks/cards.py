@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{'peak GB':>8}  {'reserved':>8}  {'seconds':>7}  {'status':>6}  stage, {LIMIT} GiB a process")
     for row in rows:
         peak, reserved = row.get("peak_gb", 0), row.get("reserved_gb", 0)
-        grid = "" if row.get("grids", 1) else ", without its grid of samples"
+        grid = "" if row["status"] or row.get("grids", 1) else ", without its grid of samples"
         print(f"{peak:8.2f}  {reserved:8.2f}  {row['seconds']:7.1f}  {row['status']:6}  {row['stage']}{grid}")
     if any(row["status"] for row in rows):
         sys.exit(f"not every stage ended well; {work}/*.log say why")

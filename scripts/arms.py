@@ -6,7 +6,7 @@ A mean ratio is that of the seeds' mean curve; runs of an arm that end before it
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +82,13 @@ class Target:
     distance: float
     steps: float
     seeds: tuple[float, ...] = ()
+    at_once: bool = False  # by its first point, so that the steps are at most so many
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Steps that a curve takes to a target, None if it does not come there, and the target's steps divided by them."""
+    """Steps that a curve takes to a target, None if it does not come there, and the target's steps divided by them; NaN
+    if both are at most so many, and which of the two was sooner is not known."""
 
     steps: float | None
     ratio: float
@@ -202,7 +204,7 @@ def targets(arms: dict[str, Arm]) -> dict[str, Target]:
         arm = arms[name]
         first, last = steps_to(arm.final, arm.steps, arm.distances.mean(1)), arm.steps[-1]
         steps = last if math.isclose(first, last) else first  # but for the rounding of logarithms
-        found[name] = Target(arm.final, steps, tuple(map(float, arm.distances[-1])))
+        found[name] = Target(arm.final, steps, tuple(map(float, arm.distances[-1])), steps == arm.steps[0])
     guided = {way: of for way, of in variants(arms["label"]).items() if "guided" in way} if "label" in arms else {}
     if guided:
         best = min(guided, key=lambda way: score(guided[way], "held_out", "fd"))
@@ -217,7 +219,10 @@ def reach(arm: Arm, target: Target) -> tuple[Reach, list[Reach]]:
     def of(distances: np.ndarray) -> Reach:
         """One curve (steps,)."""
         steps = steps_to(target.distance, arm.steps, distances)
-        return Reach(steps, target.steps / steps if steps else 0, steps == arm.steps[0])
+        at_once = steps == arm.steps[0]
+        if target.at_once and steps and (at_once or steps <= target.steps):
+            return Reach(steps, math.nan, at_once)
+        return Reach(steps, target.steps / steps if steps else 0, at_once)
 
     return of(arm.distances.mean(1)), [of(seed) for seed in arm.distances.T]
 
@@ -227,7 +232,7 @@ def spread(arm: Arm, target: Target) -> tuple[Reach, Reach] | None:
     mean: how much the target itself is in doubt. None if there is one."""
     if len(target.seeds) < 2:
         return None
-    best, worst = (reach(arm, Target(of(target.seeds), target.steps))[0] for of in (min, max))
+    best, worst = (reach(arm, replace(target, distance=of(target.seeds)))[0] for of in (min, max))
     return best, worst
 
 
@@ -235,7 +240,7 @@ def ratio_of(reached: Reach) -> str:
     """A ratio as text."""
     if not reached.steps:
         return "not reached"
-    if reached.at_once and reached.ratio == 1:  # the baseline was there by the first point, too
+    if math.isnan(reached.ratio):
         return "not known"
     return f"{'≥ ' if reached.at_once else ''}{reached.ratio:.3g}×"
 

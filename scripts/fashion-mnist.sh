@@ -42,6 +42,8 @@ if [ ! -f "$work/export/model.safetensors" ]; then # remove OUT/export to train 
         --ema-decay 0.9995 --log-every 500 --save-every 5000 --eval-every 5000 --snapshot-every 0 --sample-every 0 \
         --resident "${@:2}"
     launch -m scripts.export "$run" --half --out "$work/export"
+else
+    echo "$work/export is there already and is not trained anew; remove it to train by other variables or flags"
 fi
 launch sample_ddp.py --checkpoint "$work/export" --bank "$bank" --out "$samples" --num-images "$images" --format npz \
     --sampler "${SAMPLER:-euler}" --steps "$evaluations" --batch-size 2000 --no-compile

@@ -63,11 +63,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.set_defaults(run=make_model, out=Path("assets/gmem-fashion-mnist"))
     candidates = commands.add_parser("candidates", help="list what several such models score")
     candidates.set_defaults(run=make_candidates, out=Path("assets/gmem-fashion-mnist"))
-    candidates.add_argument("--source", type=Path, nargs="+", required=True, help="folders as for model")
-    candidates.add_argument("--out", type=Path, help="folder to write")
-    given = "folder with Fashion-MNIST's four idx files"
-    for command, source in ((images, given), (vae, given), (model, "folder that scripts/fashion-mnist.sh wrote")):
-        command.add_argument("--source", type=Path, required=True, help=source)
+    given, wrote = "folder with Fashion-MNIST's four idx files", "that scripts/fashion-mnist.sh wrote"
+    sources = {images: given, vae: given, model: f"folder {wrote}", candidates: f"folders {wrote}"}
+    for command, source in sources.items():
+        several = {"nargs": "+"} if command is candidates else {}
+        command.add_argument("--source", type=Path, required=True, help=source, **several)
         command.add_argument("--out", type=Path, help="folder to write")
     return parser.parse_args(argv)
 
@@ -233,12 +233,9 @@ def measure(folder: Path, images: Tensor, device: str = "cpu") -> dict[str, floa
 
 def make_model(args: argparse.Namespace) -> None:
     """Copy the export, and write what it scores as `report.json` and as a model card."""
-    source, weights = args.source, args.source / "export" / EXPORTED
-    if not weights.is_file():
-        raise ValueError(f"--source {source}: no export/{EXPORTED}; run `bash scripts/fashion-mnist.sh` first")
-    report = describe(source)
+    source, report = args.source, describe(args.source)
     with atomic(args.out / EXPORTED) as path:
-        shutil.copyfile(weights, path)
+        shutil.copyfile(source / "export" / EXPORTED, path)
     write_json(args.out / "report.json", report)
     with atomic(args.out / "README.md") as path:
         path.write_text(model_card((source / "export" / "README.md").read_text(), report))
@@ -262,16 +259,20 @@ def describe(source: Path) -> dict:
     """What the results of scripts/fashion-mnist.sh say of the model, without the folders that it was made in.
 
     Raises:
-        ValueError: the samples were not made by the export.
+        ValueError: there is no export, or the samples were not made by it.
     """
+    weights = source / "export" / EXPORTED
+    if not weights.is_file():
+        raise ValueError(f"--source {source}: no export/{EXPORTED}; run `bash scripts/fashion-mnist.sh` first")
     parts = ("run/config", "samples/samples", "controls", "copies", "bank/bank")
     config, samples, controls, copies, bank = (read_json(source / f"{part}.json") for part in parts)
-    file = {"bytes": (source / "export" / EXPORTED).stat().st_size, "sha256": sha256(source / "export" / EXPORTED)}
+    file = {"bytes": weights.stat().st_size, "sha256": sha256(weights)}
     if samples["settings"]["checkpoint"] != file["sha256"]:
         raise ValueError(f"--source {source}: its samples are of another network than its export; sample again")
     lines = [json.loads(line) for line in (source / "run" / "log.jsonl").read_text().splitlines()]
     made = config["runs"][-1]
-    (scale,) = (option.split("=")[1] for option in config["args"]["model_options"] if "snippet_scale" in option)
+    options = dict(option.split("=") for option in config["args"]["model_options"])
+    scale = options.get("snippet_scale", "1")  # models/sit.py's own, where flags of train.py took the recipe's place
     held_out = [line for line in lines if "holdout_loss" in line][-1]
     names = ("steps", "batch_size", "lr", "ema_decay", "model_options", "precision", "seed")
     training = {name: config["args"][name] for name in names} | {"steps": samples["settings"]["training_steps"]}

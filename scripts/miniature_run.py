@@ -117,16 +117,18 @@ class Run:
         new = {"format": 1, "dataset": self.data.name, "arm": self.arm, "seed": self.seed, "settings": self.settings}
         new |= {"steps": 0, "parameters": 0, "images_per_second": 0, "commands": {}, "curve": [], "variants": {}}
         changed = bool(log) and log["settings"] != self.settings
-        lacking = sorted({*self.points} - {point["step"] for point in log.get("curve", ())})
-        ended = "copies" in log and bool(lacking)  # whose weights of other steps are gone: a curve is of one training
-        if (changed or ended) and not self.args.again:
-            what = f"has other settings, {differing(log, new)}"
-            if not changed:
+        lacking = self.lacking(log)
+        finished = "copies" in log and bool(lacking)  # whose weights of other steps are gone
+        beyond = log.get("steps", 0) > self.args.steps  # whose last weights are of another step
+        if (changed or finished or beyond) and not self.args.again:
+            what = f"ends at step {log.get('steps', 0):,}, beyond --steps {self.args.steps}"
+            if finished:
                 what = f"is finished at step {log['steps']:,}, without points at {', '.join(map(str, lacking))}"
+            if changed:
+                what = f"has other settings, {differing(log, new)}"
             raise ValueError(f"{self.path} {what}; --again moves it to other/ and does the run anew")
-        self.repeated = self.args.again and (changed or ended or incomplete(log))
-        cut_off = log.get("steps", 0) < self.args.steps and not self.folder.is_dir()
-        lost = cut_off and "diverged" not in log
+        self.repeated = self.args.again and (changed or finished or beyond or incomplete(log))
+        lost = not log.keys() & {"copies", "diverged"} and not self.folder.is_dir()  # a curve is of one training
         return new if not log or lost or self.repeated else log
 
     def adopt(self) -> None:
@@ -136,15 +138,15 @@ class Run:
             log = read_json(searched)
             same = (log["arm"], log["seed"], log["settings"], log["steps"]) == wanted
             asked = not self.args.search and not (self.args.again and incomplete(log))
-            if same and asked and "copies" in log:
+            if same and asked and "copies" in log and not self.lacking(log):
                 write_json(self.path, log)
                 weights = self.data.root / "runs" / self.data.name / "search" / searched.stem
                 if weights.is_dir() and not self.folder.exists():
                     shutil.copytree(weights, self.folder)
 
-    def steps_left(self) -> list[int]:
-        """Points of the curve that are not there."""
-        return [step for step in self.points if step not in [point["step"] for point in self.log["curve"]]]
+    def lacking(self, log: dict) -> list[int]:
+        """Points of the curve that a log does not have."""
+        return sorted({*self.points} - {point["step"] for point in log.get("curve", ())})
 
     def variants_left(self) -> dict[str, tuple[str, ...]]:
         """Ways to sample the last checkpoint that are asked for and not there."""
@@ -153,7 +155,7 @@ class Run:
 
     def ended(self) -> bool:
         """Whether nothing is left to do."""
-        done = "copies" in self.log and not self.steps_left() and not self.variants_left()
+        done = "copies" in self.log and not self.lacking(self.log) and not self.variants_left()
         return done or "diverged" in self.log
 
     def write(self, **parts: object) -> None:
@@ -169,7 +171,7 @@ class Run:
             if self.ended():  # in the search
                 return
         began, last = time.perf_counter(), self.samples / str(self.args.steps)
-        made, points = provenance(), self.steps_left()
+        made, points = provenance(), self.lacking(self.log)
         if points:  # else what is left is made here, the curve was not
             self.log["commands"]["train"], self.log["made"] = line(train, self.training()), made
         try:

@@ -7,6 +7,7 @@ audit. A condition whose runs are missing or stop early is open, not failed. Two
 must not decide: settings are the same in every arm, and no curve jumps up.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -149,7 +150,8 @@ def conditions(arms: dict[str, Arm], name: str) -> list[Finding]:
 
         def met(of: list[Reach], good: Callable) -> bool | None:
             """Whether all ratios are good. None if none is known not to be, but one is a bound, or may yet come."""
-            states = [good(one.ratio) or (None if one.at_once or (going_on and not one.steps) else False) for one in of]
+            opened = [one.at_once or math.isnan(one.ratio) or (going_on and not one.steps) for one in of]
+            states = [good(one.ratio) or (None if may else False) for one, may in zip(of, opened, strict=True)]
             return False if False in states else None if None in states else True
 
         passed = met([mean], bool), met([mean], lambda ratio: ratio >= RATIO), met(seeds, lambda ratio: ratio > 1)

@@ -119,6 +119,15 @@ def test_a_bound_below_what_is_asked_leaves_it_open(tmp_path):
     assert [one.passed for one in found("sure", FLAT, 1, 1)[:3]] == [True] * 3
 
 
+@pytest.mark.parametrize(("first", "own"), [(500, [1] * 5), (1000, [1] * 4), (500, [3, 1, 1, 1, 1])])
+def test_a_baseline_there_by_its_first_point_may_have_been_there_sooner(tmp_path, first, own):
+    """Its steps are at most those; by a point of the arm before it nothing is known, either."""
+    write(tmp_path, "label", [2] * 4, steps=STEPS[1:])
+    write(tmp_path, "own", own, steps=STEPS[STEPS.index(first) :])
+    found = conditions(read_arms(tmp_path), "own")[:3]
+    assert [(one.passed, one.figures) for one in found] == [(passed, "not known") for passed in (True, None, None)]
+
+
 def test_a_target_is_as_sure_as_the_seeds_that_set_it(tmp_path):
     """Seeds at 1 and 4: 16,000/step is there after 16,000 and 4,000 steps, of which it has 8,000."""
     write(tmp_path, "own", power_law(16_000, 1))

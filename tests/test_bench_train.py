@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,3 +111,26 @@ def counted_macs():
     block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
     ends = 2 * tokens * patch * width + 2 * width**2 + 256 * width + width**2 + 768 * width
     return 6 * block + ends
+
+
+def test_rounded_gradients_are_exchanged_by_the_ways_own_group(monkeypatch):
+    groups, hooks = [], []
+
+    class Wrapped:
+        def __init__(self, network, process_group, **options):
+            assert process_group is groups[-1]
+
+        def register_comm_hook(self, group, hook):
+            hooks.append((group, hook))
+
+    monkeypatch.setattr(bench_train, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **given: groups.append(object()) or groups[-1])
+    list(bench_train.exchanges(SimpleNamespace(network=None), ["25", "25:bf16"]))
+    assert hooks == [(groups[1], bench_train.bf16_compress_hook)]
+
+
+@pytest.mark.parametrize("words", ["25:fp16", "bf16", "25:bf16:8", "25:8:4:2", "x"])
+def test_a_way_to_exchange_that_cannot_be_read_is_refused_at_once(words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"--exchange {words}: expected MB"):
+        bench_train.main(["--exchange", words, "--out", "x.json"])

@@ -409,7 +409,7 @@ def test_the_report_quotes_the_larger_scale(root, tmp_path):
         runs = [json.loads((folder / f"{name}/{arm}-0.json").read_text()) for name in ("again", "scale-6")]
         assert [run["settings"].pop("scale") for run in runs] == [1, 6]
         assert runs[0]["settings"] == runs[1]["settings"]
-        for scale, run in zip("16", runs, strict=True):
+        for scale, run in zip(("1", "6"), runs, strict=True):
             points = run["curve"][1:]
             fds = [point["held_out"]["fd"] for point in points]
             fds += [point["heun-50"]["held_out"]["fd"] for point in points]
@@ -480,8 +480,7 @@ def difference(root, value, arm="nearest-10"):
     means, squares = [], 0.0
     for name in (arm, "label"):
         paths = (root / AGAIN).glob(f"{name}-?.json")
-        lasts = [json.loads(path.read_text())["curve"][-1] for path in paths]
-        values = [value(last["held_out"]["fd"], last["heun-50"]["held_out"]["fd"]) for last in lasts]
+        values = [value(*last_of(path)) for path in paths]
         means.append(np.mean(values))
         squares += np.var(values, ddof=1) / len(values)
     return means[0] - means[1], squares**0.5

@@ -455,3 +455,49 @@ def test_a_finished_run_is_not_continued_by_another_training(places, monkeypatch
     capsys.readouterr()
     run(places, *given)
     assert "$" not in capsys.readouterr().out
+
+
+def test_a_run_is_not_continued_from_beyond_its_steps(places, monkeypatch):
+    """Its last weights would be removed, and other ways and copies be those of another training."""
+    given, arm = ("--lr", "1e-3", "--scale", "6", "--seeds", "20"), "nearest-10"
+    monkeypatch.setattr(miniature_run, "CURVE", (2,))
+    monkeypatch.setitem(ARMS, arm, replace(ARMS[arm], variants=WAYS))
+    run(places, arm, *given, more=("--steps", "4"))
+    old = log(places, f"{arm}-20")
+    with pytest.raises(ValueError, match=rf"{arm}-20\.json ends at step 4, beyond --steps 2; --again moves it"):
+        run(places, arm, *given, "--variants")
+    assert log(places, f"{arm}-20") == old
+    assert (places / "root/runs/fashion" / f"{arm}-20" / "checkpoints/0000004-ema.pt").is_file()
+
+
+def test_a_run_of_the_search_that_lacks_points_is_not_taken(places, monkeypatch):
+    given = ("none", "--lr", "5e-3")
+    run(places, *given, "--search")
+    monkeypatch.setattr(miniature_run, "CURVE", (1,))
+    (places / "logs/fashion/none-0.json").unlink(missing_ok=True)
+    shutil.rmtree(places / "root/runs/fashion/none-0", ignore_errors=True)
+    run(places, *given)
+    assert [point["step"] for point in log(places, "none-0")["curve"]] == [1, 2]
+
+
+def test_a_run_that_was_cut_off_goes_on_unless_its_weights_are_lost(places, monkeypatch, capsys):
+    """Its copies are then of the training that its curve is of."""
+
+    def cut(*given):
+        raise KeyboardInterrupt
+
+    given = ("none", "--lr", "1e-3", "--seeds", "30")
+    for lost in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(miniature_run.Run, "audit", cut)
+            with pytest.raises(KeyboardInterrupt):
+                run(places, *given)
+        found = log(places, "none-30")
+        if lost:
+            shutil.rmtree(places / "root/runs/fashion/none-30")
+        capsys.readouterr()
+        run(places, *given)
+        assert capsys.readouterr().out.count("$ python train.py") == lost
+        assert (log(places, "none-30")["made"] == found["made"]) != lost
+        (places / "logs/fashion/none-30.json").unlink()
+        shutil.rmtree(places / "root/runs/fashion/none-30")

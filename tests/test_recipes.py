@@ -491,11 +491,21 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     given = {"CODEC": "pixels", "MODEL": "SiT-Ti/4", "SCALE": "3", "STEPS": "4", "BATCH": "5", "LR": "0.001", "K": "8"}
     assert report["training"]["variables"] == given
     assert "`" + " ".join(f"{name}={value}" for name, value in given.items()) + " bash scripts/fashion" in written[0]
-    make_assets.main(["candidates", "--source", str(out), str(out), "--out", str(tmp_path / "asset")])
-    (candidate, again) = json.loads((tmp_path / "asset" / "candidates.json").read_text())
-    assert candidate == again
-    assert candidate["scores"]["samples"] == report["rows"]["samples"]["metrics"]["held-out"]
-    assert candidate["spaces"]["latent"].items() < report["spaces"]["latent"].items()
+    other = shutil.copytree(out, tmp_path / "other")
+    rows = json.loads((other / "controls.json").read_text())
+    rows["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"] = 123.0
+    (other / "controls.json").write_text(json.dumps(rows))
+    make_assets.main(["candidates", "--source", str(out), str(other), "--out", str(tmp_path / "asset")])
+    candidate, second = json.loads((tmp_path / "asset" / "candidates.json").read_text())
+    assert second["scores"]["samples"] == candidate["scores"]["samples"] | {"FD-regnetx_002@64": 123.0}
+    titles = ("samples", "random training images")
+    figures = ("near_copies", "near_copies_held_out", "excess", "standard_error")
+    assert candidate == {
+        **{name: report[name] for name in ("training", "sampling", "judge")},
+        "sha256": report["file"]["sha256"],
+        "scores": {title: report["rows"][title]["metrics"]["held-out"] for title in titles},
+        "spaces": {name: {key: space[key] for key in figures} for name, space in report["spaces"].items()},
+    }
     assert str(tmp_path) not in json.dumps(candidate)
     assert set(report["spaces"]) == {"regnetx_002@64", "latent"}
     assert "suspicious" not in report["spaces"]["latent"]  # pairs of files, of no use to others
@@ -508,8 +518,9 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     (out / "export" / "model.safetensors").write_bytes(b"another")
     with pytest.raises(ValueError, match="its samples are of another network than its export"):
         make_assets.main(["model", "--source", str(out), "--out", str(tmp_path / "asset")])
-    with pytest.raises(ValueError, match=r"no export/model\.safetensors; run `bash scripts/fashion-mnist\.sh`"):
-        make_assets.main(["model", "--source", str(tmp_path)])
+    for command in ("model", "candidates"):
+        with pytest.raises(ValueError, match=r"no export/model\.safetensors; run `bash scripts/fashion-mnist\.sh`"):
+            make_assets.main([command, "--source", str(tmp_path)])
 
 
 def test_the_shipped_model_is_of_the_default_recipe(root):
@@ -524,6 +535,11 @@ def test_the_shipped_model_is_of_the_default_recipe(root):
         samples = {"IMAGES": report["rows"]["samples"]["num_images"], "SAMPLER": report["sampling"]["sampler"]}
         samples |= {"EVALUATIONS": report["sampling"]["evaluations"]}
         assert {name: defaults[name] for name in samples} == {name: str(value) for name, value in samples.items()}
+    (options,) = re.findall(r"--model-options (.*?) --", lines)
+    assert options.replace('"', "").replace("${SCALE:-1}", "1").split() == report["training"]["model_options"]
+    assert f"--ema-decay {report['training']['ema_decay']} " in lines
+    (share,) = re.findall(r"--holdout ([\d.]+) ", lines)
+    assert report["training"]["images_trained_on"] == pytest.approx(60_000 * (1 - float(share)), rel=0.01)
     score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]
     assert f"FD to held-out images is {score:.2f};" in head
 
