@@ -109,7 +109,7 @@ class Run:
         or of one that `--again` repeats.
 
         Raises:
-            ValueError: it has other settings, or ended without a point that is asked for, and is not to be repeated.
+            ValueError: it has other settings, more steps, or ended without a point, and is not to be repeated.
         """
         if not self.path.is_file():
             self.adopt()

@@ -115,6 +115,8 @@ def test_a_bound_below_what_is_asked_leaves_it_open(tmp_path):
     assert [(one.passed, one.figures) for one in bounds] == [*zip((True, None, None), figures, strict=True)]
     said = verdict(found("again", [2] * 5, 1))
     assert said.startswith("open; not known: ratio at least 2, ratio above 1 for each seed")
+    soon = found("soon", [4, 1, 2, 2, 2], 1, 1)[1:3]  # at 2 between 500 and 1,000 steps
+    assert [(one.passed, one.figures) for one in soon] == [(None, "≥ 1.41×"), (True, "≥ 1.41×, ≥ 1.41×")]
     assert [one.passed for one in found("late", [2] * 5, 1, 2.9)[:3]] == [True, None, False]
     assert [one.passed for one in found("sure", FLAT, 1, 1)[:3]] == [True] * 3
 
