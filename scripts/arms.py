@@ -24,7 +24,7 @@ FLOOR = "random training images"  # the control row that no arm is expected to b
 SEEDS = 3  # of a primary arm
 STEPS = 8_000  # of a run that counts, but for
 LEAST = 4_000  # where fewer do: of the arms with one seed, and of all on
-FEWER = dict.fromkeys(("fashion", "glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"), LEAST)
+FEWER = dict.fromkeys(("fashion", "fashion-6", "glyphs-100", "glyphs-500", "glyphs-6384", "glyphs-half"), LEAST)
 KEYS = ("arm", "seed", "dataset", "settings", "curve")
 
 
@@ -125,9 +125,9 @@ def read_run(path: Path) -> dict:
 
 def sampled_by(run: dict, way: str) -> dict:
     """A run with the figures that its points have for another way to sample, in the place of the curve's own; without
-    points that have none, and without what was measured of the curve's own samples."""
+    points that have none, and without what was measured of the curve's own samples but of these."""
     curve = [point | point[way] for point in run["curve"] if way in point]
-    return run | {"curve": curve, "variants": {}, "copies": {}}
+    return run | {"curve": curve, "variants": {}, "copies": run.get("copies_by", {}).get(way, {})}
 
 
 def read_arms(folder: Path, way: str | None = None) -> dict[str, Arm]:

@@ -14,7 +14,7 @@ Writes  FOLDER/curve.png   distance to held-out images over steps and over secon
                            the bank, search, ways to sample, real images, copies
         FOLDER/samples.png the primary arms' first samples of one seed, if their previews (ARM-SEED.png) are there
         diversity.md, diversity.png beside the folders, where several hold glyphs of different numbers of characters
-        with --by WAY, curve-WAY.png, table-WAY.md and so on, without ways to sample and copies
+        with --by WAY, curve-WAY.png, table-WAY.md and so on, without other ways to sample
         Pages end with days, devices and versions of torch, figures have them at their foot, where the logs name them
 
 Steps to a distance: where the arm's mean curve, linear in log(step) and log(FD) between its points, first reaches the

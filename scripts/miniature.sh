@@ -11,9 +11,9 @@
 # Hardware  one GPU of 24 GB or more, since alignment wants 18 GB free; the records are of H200s
 # Memory    a GPU: 64 · 1,280 · 2 · 54,056 = 8.9 GB for the alignment's patch tokens, which may take half of what is
 #           free; without alignment less than a tenth of that for the store
-# Disk      about 35 GB: 8.9 GB of patch tokens for each of glyphs and Fashion-MNIST, 0.13 GB for each of 95 runs
-# Time      4 hours of an H200, by estimate: 29 runs of 8,000 steps at 4 minutes with their points by Euler's and Heun's
-#           method, 58 of 4,000 at 2 (8 more are the search's own); making the data and other ways to sample come on top
+# Disk      about 35 GB: 8.9 GB of patch tokens for each of glyphs and Fashion-MNIST, 0.13 GB for each of 117 runs
+# Time      5 hours of an H200, by estimate: 29 runs of 8,000 steps at 4 minutes with their points by Euler's and Heun's
+#           method, 80 of 4,000 at 2 (8 more are the search's own); making the data and other ways to sample come on top
 # Expected  LOGS/*/table.md like those in benchmarks/miniature/, up to the seeds' spread (scripts.compare --check)
 set -euo pipefail
 flags=("$@")
@@ -28,6 +28,7 @@ run() { launch -m scripts.miniature "$@" --logs "$logs" "${flags[@]}"; }
 
 run glyphs none label nearest-10 own --search
 run fashion none label nearest-10 own --search
+run fashion-6 none label nearest-10 own --search
 
 run glyphs none --seeds 0 1 2
 run glyphs label --seeds 0 1 2
@@ -63,14 +64,22 @@ run fashion dropout-0 --seeds 0
 run fashion dropout-40 --seeds 0
 run fashion label-dropout-0 --seeds 0
 
+run fashion-6 none --seeds 0 1 2
+run fashion-6 label --seeds 0 1 2
+run fashion-6 label-align --seeds 0 1 2
+run fashion-6 nearest-10 --seeds 0 1 2
+run fashion-6 nearest-10-align --seeds 0 1 2
+run fashion-6 own --seeds 0 1 2
+
 for name in glyphs-100 glyphs-500 glyphs-6384 glyphs-half; do
     run $name none label nearest-10 own --seeds 0
 done
-for name in glyphs fashion; do # the last weights of seed 0, in other ways
+for name in glyphs fashion fashion-6; do # the last weights of seed 0, in other ways
     run $name none label nearest-10 own --seeds 0 --variants
 done
 
 for by in "" "--by heun-50"; do
     launch -m scripts.compare "$logs/glyphs" "$logs"/glyphs-{100,500,6384,half} $by
     launch -m scripts.compare "$logs/fashion" $by
+    launch -m scripts.compare "$logs/fashion-6" $by
 done

@@ -23,23 +23,38 @@ from scripts import derive_features, encode_dataset, make_glyphs, train_metric_e
 ENCODER, METRIC = "efficientnet-lite0", "regnetx_002@64"  # of the snippets, and of the score
 ALIGN = f"{ENCODER}@256"  # of the alignment: 8 × 8 patches, as many as the network has tokens; 164 kB of them an image
 HELD_OUT = "HELD-OUT"  # stands for a file of held-out images' features
+CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: how its images are made, what share is held out, whose metric encoder and search serve it, and which
-    learning rates and factors on the condition are searched."""
+    """A data set: how its images are made, what share is held out, whose metric encoder and search serve it, which
+    learning rates and factors on the condition are searched, and where its curves have points."""
 
     characters: int | None = None  # of glyphs; None: Fashion-MNIST
     holdout: float = 0.1
     like: str = "glyphs"
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     scales: tuple[float, ...] = (1, 6)
+    images: str | None = None  # the data set whose images, split and metric encoder it takes; None: its own
+    points: tuple[int, ...] = CURVE
+    beside_from: int = 1_000  # steps from which points are sampled in BESIDE's ways, too
+
+    def beside(self, step: int) -> dict[str, tuple[str, ...]]:
+        """Ways in which a point is sampled besides that of the curves."""
+        return BESIDE if step >= self.beside_from else {}
 
 
+SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
+BESIDE = {"heun-50": ("--sampler", "heun")}  # changes to it, whose figures stand beside its own in each point
+
+FINER = (500, 750, 1_000, 1_500, 2_000, 4_000)  # memories on fashion pass labels' last FD between 500 and 1,500
 DATA = {
     "glyphs": Data(2500),
     "fashion": Data(like="fashion", rates=(1e-3, 2e-3), scales=(1,)),
+    "fashion-6": Data(
+        like="fashion-6", rates=(1e-3, 2e-3), scales=(6,), images="fashion", points=FINER, beside_from=500
+    ),
     "glyphs-100": Data(100),
     "glyphs-500": Data(500),
     "glyphs-6384": Data(6384),
@@ -60,10 +75,6 @@ class Arm:
     like: str | None = None  # the arm whose search it shares
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # other ways to sample its last checkpoint
 
-
-SAMPLER = ("--sampler", "euler", "--steps", "50")  # of the curves
-BESIDE = {"heun-50": ("--sampler", "heun")}  # changes to it, whose figures stand beside its own in each point
-BESIDE_FROM = 1_000  # steps: before, an arm's distance is far above a sampler's error
 
 GUIDED = {f"guided-{scale}": ("--guide", "null", "--guidance-scale", str(scale)) for scale in (1.25, 1.5, 2.0)}
 SAMPLERS = {"euler-50": ()}  # as the curve: the others compare with it, if lost weights had to be trained again
@@ -99,17 +110,22 @@ class DataSet:
 
     def __init__(self, args: argparse.Namespace):
         self.name, self.kind, self.root = args.dataset, DATA[args.dataset], args.root
-        self.store, self.logs = args.root / "data" / args.dataset, args.logs / args.dataset
+        self.images = self.kind.images or self.name
+        self.store, self.logs = args.root / "data" / self.images, args.logs / self.name
         self.holdout = self.store.with_name(f"{self.store.name}-holdout")
-        weights = args.logs / self.kind.like / "metric.safetensors"
+        weights = args.logs / (self.kind.images or self.kind.like) / "metric.safetensors"
         self.metric = ["--encoder", METRIC, "--encoder-weights", str(weights)]
-        with self.claimed("data", wait=True):
+        with self.writing():
             self.prepare(weights)
         self.num_images = read_meta(self.store)["num_images"]
 
     def claimed(self, what: str, wait: bool) -> contextlib.AbstractContextManager[bool]:
         """`claimed` for a part of the work on this data set."""
         return claimed(self.root, f"{self.name}-{what}", wait)
+
+    def writing(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep store and banks, which data sets of the same images share, to this process."""
+        return claimed(self.root, f"{self.images}-data", wait=True)
 
     def prepare(self, weights: Path) -> None:
         """Make store and metric encoder where they are missing."""
@@ -118,8 +134,8 @@ class DataSet:
             words = ["--codec", "pixels", "--image-size", "32", "--holdout", str(self.kind.holdout), "--keep-images"]
             call(encode_dataset, [str(self.source()), *encode, *words, "--encoder", ENCODER])
         if not weights.is_file():
-            if self.kind.like != self.name:
-                raise ValueError(f"{weights} scores {self.name}: `scripts.miniature {self.kind.like}` first")
+            if self.name != weights.parent.name:
+                raise ValueError(f"{weights} scores {self.name}: `scripts.miniature {weights.parent.name}` first")
             words = ["--store", str(self.store), "--out", str(weights), "--model", METRIC.partition("@")[0]]
             call(train_metric_encoder, [*words, "--steps", "2000"])
         if METRIC not in read_meta(self.store)["encoders"]:
@@ -134,7 +150,7 @@ class DataSet:
 
     def add_missing_patches(self) -> None:
         """Add them unless they are there."""
-        with self.claimed("data", wait=True):
+        with self.writing():
             if ALIGN not in read_meta(self.store)["patches"]:
                 self.add_patches()
 
@@ -151,7 +167,7 @@ class DataSet:
 
     def bank(self, arm: Arm) -> Path:
         """The bank that an arm draws from, built if it is not there."""
-        with self.claimed("data", wait=True):  # the features of some arms are added to the store
+        with self.writing():  # the features of some arms are added to the store
             return self.built(arm)
 
     def built(self, arm: Arm) -> Path:
@@ -159,7 +175,7 @@ class DataSet:
         if arm.features not in read_meta(self.store)["encoders"]:
             call(derive_features, [arm.features, "--store", str(self.store), "--encoder", ENCODER])
         rows = "all" if arm.share == 1 else str(max(1, round(arm.share * self.num_images)))
-        folder = self.root / "banks" / self.name / f"{arm.features}-{rows}-{arm.passes}"
+        folder = self.root / "banks" / self.images / f"{arm.features}-{rows}-{arm.passes}"
         if not (folder / "bank.json").is_file():
             words = ["--store", str(self.store), "--encoder", arm.features, "--out", str(folder), "--k", rows]
             call(build_bank, [*words, "--passes", str(arm.passes)])

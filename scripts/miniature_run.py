@@ -31,8 +31,6 @@ from scripts.arms import differing
 from scripts.miniature_data import (
     ALIGN,
     ARMS,
-    BESIDE,
-    BESIDE_FROM,
     ENCODER,
     HELD_OUT,
     METRIC,
@@ -44,7 +42,6 @@ from scripts.miniature_data import (
     line,
 )
 
-CURVE = (500, 1_000, 2_000, 4_000)  # steps at which a run is scored, besides its last
 WARMUP, BETA2 = 250, 0.95  # steps, and of AdamW, in every arm: with train.py's own, losses jump at these learning rates
 SAVED = 2_000  # steps between full checkpoints, with which a run that was cut off continues
 LOSSES = {"loss": "train_loss", "holdout_loss": "holdout_loss"}  # names in train.py's log and in ours
@@ -101,7 +98,7 @@ class Run:
         self.settings = {"lr": lr, "scale": scale, "k": self.bank and read_json(self.bank / "bank.json")["k"]}
         self.settings |= {"model": args.model, "batch_size": args.batch_size, "num_images": args.num_images}
         self.settings |= {"metric": METRIC, "warmup": WARMUP, "beta2": BETA2}
-        self.points = [*(step for step in CURVE if step < args.steps), args.steps]
+        self.points = [*(step for step in self.data.kind.points if step < args.steps), args.steps]
         self.log = self.earlier()
 
     def earlier(self) -> dict:
@@ -127,7 +124,7 @@ class Run:
             if changed:
                 what = f"has other settings, {differing(log, new)}"
             raise ValueError(f"{self.path} {what}; --again moves it to other/ and does the run anew")
-        self.repeated = self.args.again and (changed or finished or beyond or incomplete(log))
+        self.repeated = self.args.again and (changed or finished or beyond or self.incomplete(log))
         lost = not log.keys() & {"copies", "diverged"} and not self.folder.is_dir()  # a curve is of one training
         return new if not log or lost or self.repeated else log
 
@@ -137,12 +134,17 @@ class Run:
         for searched in sorted((self.data.logs / "search").glob("*.json")):
             log = read_json(searched)
             same = (log["arm"], log["seed"], log["settings"], log["steps"]) == wanted
-            asked = not self.args.search and not (self.args.again and incomplete(log))
+            asked = not self.args.search and not (self.args.again and self.incomplete(log))
             if same and asked and "copies" in log and not self.lacking(log):
                 write_json(self.path, log)
                 weights = self.data.root / "runs" / self.data.name / "search" / searched.stem
                 if weights.is_dir() and not self.folder.exists():
                     shutil.copytree(weights, self.folder)
+
+    def incomplete(self, log: dict) -> bool:
+        """Whether a point of a log lacks a way in which points are sampled today."""
+        points = log.get("curve", ())
+        return any(way not in point for point in points for way in self.data.kind.beside(point["step"]))
 
     def lacking(self, log: dict) -> list[int]:
         """Points of the curve that a log does not have."""
@@ -186,7 +188,9 @@ class Run:
             if not last.is_dir():
                 self.sample(weights, last)
             shutil.copyfile(last / "preview.png", self.path.with_suffix(".png"))
-            self.write(copies=self.audit(last))
+            ways = self.data.kind.beside(self.args.steps)
+            self.write(copies_by={way: self.audit(self.sampled(last, way, weights, ways[way])) for way in ways})
+            self.write(copies=self.audit(last))  # which ends a run
             self.control(last)
         for way, changes in self.variants_left().items():
             point = scored.get(self.args.steps, {})
@@ -255,7 +259,7 @@ class Run:
         """A point of the curve, and what it tells of the whole run."""
         weights = self.trained(step)
         point = self.losses(step) | self.scored(weights, str(step))
-        for way, changes in beside(step).items():
+        for way, changes in self.data.kind.beside(step).items():
             point[way] = self.scored(weights, str(step), f"-{way}", changes)
         curve = sorted([*self.log["curve"], point], key=lambda point: point["step"])
         parameters = sum(tensor.numel() for tensor in read_checkpoint(weights)["ema"].values())  # fixed positions too
@@ -277,6 +281,13 @@ class Run:
             if entry["step"] == step:
                 point |= {LOSSES[key]: entry[key] for key in LOSSES if key in entry}
         return point
+
+    def sampled(self, last: Path, way: str, weights: Path, changes: Sequence[str]) -> Path:
+        """The last point's samples of another way, made again if an earlier start scored them."""
+        out = last.with_name(f"{last.name}-{way}")
+        if not out.is_dir():
+            self.sample(weights, out, changes)
+        return out
 
     def sample(self, weights: Path, out: Path, more: Sequence[str] = ()) -> str:
         """Images from averaged weights into a folder; the command's line."""
@@ -352,16 +363,6 @@ class Run:
         shutil.rmtree(self.samples, ignore_errors=True)
         for file in {*self.folder.glob("checkpoints/*.pt")} - {last}:
             file.unlink()
-
-
-def beside(step: int) -> dict[str, tuple[str, ...]]:
-    """Ways in which a point is sampled besides that of the curves."""
-    return BESIDE if step >= BESIDE_FROM else {}
-
-
-def incomplete(log: dict) -> bool:
-    """Whether a point of a log lacks a way in which points are sampled today."""
-    return any(way not in point for point in log.get("curve", ()) for way in beside(point["step"]))
 
 
 def searched_name(arm: str, lr: float, scale: float | None) -> str:

@@ -1,6 +1,5 @@
 """The experiment end to end at toy size: what it writes, what it skips, and the settings it picks."""
 
-import dataclasses
 import json
 import os
 import re
@@ -39,8 +38,8 @@ def places(root, tmp_path_factory):
     save_file(weights, base / "logs" / "fashion" / "metric.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(miniature_run, "SAMPLER", ("--sampler", "euler", "--steps", "2"))
-        patch.setattr(miniature_run, "BESIDE_FROM", 2)
-        patch.setattr(miniature_run, "BESIDE", HEUN)
+        patch.setitem(DATA, "fashion", replace(DATA["fashion"], beside_from=2))
+        patch.setattr(miniature_data, "BESIDE", HEUN)
         yield base
 
 
@@ -53,13 +52,17 @@ def prepared(places, *words):
     return miniature.Miniature(miniature.parse(words))
 
 
+def points(patch, steps):
+    """Score runs of the data set after these steps, besides the last."""
+    patch.setitem(DATA, "fashion", replace(DATA["fashion"], points=steps))
+
+
 def log(places, name):
     return json.loads((places / "logs" / "fashion" / f"{name}.json").read_text())
 
 
 def test_search_then_runs(places, monkeypatch, capsys):
-    wider = dataclasses.replace(miniature.DATA["fashion"], scales=(1, 6))
-    monkeypatch.setitem(miniature.DATA, "fashion", wider)
+    monkeypatch.setitem(DATA, "fashion", replace(DATA["fashion"], scales=(1, 6)))
     run(places, "nearest-10", "--search")
     searched = sorted((places / "logs" / "fashion" / "search").glob("*.json"))
     logs = [json.loads(path.read_text()) for path in searched]
@@ -81,7 +84,7 @@ def test_search_then_runs(places, monkeypatch, capsys):
         run(places, "nearest-10", "--seeds", "3")
     searched[0].write_text(json.dumps(logs[0]))
 
-    monkeypatch.setattr(miniature_run, "CURVE", (1,))
+    points(monkeypatch, (1,))
     monkeypatch.setitem(ARMS, "nearest-10", replace(ARMS["nearest-10"], variants=WAYS))
     capsys.readouterr()
     run(places, "nearest-10", "--seeds", "3", "--variants")
@@ -107,7 +110,8 @@ def test_search_then_runs(places, monkeypatch, capsys):
     assert printed.count("$ python sample_ddp.py") == 5  # steps 1, 2 and 2 by Heun, which is not made twice; two ways
     usual = found["commands"]["sample"].replace("/nearest-10-3/2 ", "/nearest-10-3/euler-50 ")
     assert found["variants"]["euler-50"]["command"] == usual
-    assert found["copies"].keys() == {"latent", METRIC}
+    assert found["copies"].keys() == found["copies_by"]["heun-50"].keys() == {"latent", METRIC}
+    assert found["copies_by"]["heun-50"] != found["copies"]
     assert "--snippet-from nearest" in found["commands"]["train"]
     assert re.search(
         r"evaluations.evaluator \S*fashion-holdout \S*/nearest-10-3/2/samples.npz", found["commands"]["evaluate"]
@@ -384,6 +388,20 @@ def test_pairs_of_label_and_snippet_come_from_one_image(places):
     assert known >= set(zip(np.load(labels), np.load(rows), strict=True))
 
 
+def test_data_sets_of_the_same_images_share_store_and_metric_but_no_run(places, monkeypatch, capsys):
+    name = next(name for name, kind in DATA.items() if kind.images)
+    run(places, "nearest-10", "--lr", "1e-3", "--scale", "6", "--seeds", "40")
+    capsys.readouterr()
+    words = [*TOY, "--root", str(places / "root"), "--logs", str(places / "logs"), "--lr", "1e-3"]
+    miniature.main([name, "nearest-10", *words, "--scale", "6", "--seeds", "40"])
+    assert re.findall(r"^\$ python (?:-m )?(\S+)", capsys.readouterr().out, re.M)[:2] == ["train.py", "sample_ddp.py"]
+    ours, theirs = (json.loads((places / "logs" / of / "nearest-10-40.json").read_text()) for of in (name, "fashion"))
+    assert ours["curve"][-1]["train_loss"] == theirs["curve"][-1]["train_loss"]
+    assert not (places / "root" / "data" / name).exists()
+    assert not (places / "root" / "banks" / name).exists()
+    assert (places / "root" / "runs" / name / "nearest-10-40").is_dir()
+
+
 def test_every_arm_has_settings():
     assert all(arm.like is None or ARMS[arm.like].like is None for arm in ARMS.values())
     assert all(DATA[data.like].like == data.like for data in DATA.values())
@@ -422,15 +440,16 @@ def test_the_script_of_the_whole_protocol_has_every_arm(root, tmp_path):
     expected = [(name, arm, [0], LEAST) for name in DATA.keys() - searches.keys() for arm in DIVERSE]
     for name in searches:
         expected += [(name, arm, [*range(SEEDS)], whole_steps(name)) for arm in PRIMARY]
-        expected += [(name, arm, [0], LEAST) for arm in ARMS.keys() - set(PRIMARY)]
+        others = ARMS.keys() - set(PRIMARY) if DATA[name].images is None else ()
+        expected += [(name, arm, [0], LEAST) for arm in others]
     assert sorted(given) == sorted(expected)
 
-    assert [words[1] for words in lines[len(asked) :]] == ["scripts.compare"] * 4
+    assert [words[1] for words in lines[len(asked) :]] == ["scripts.compare"] * 6
     drawn = [compare.parse(words[2:]) for words in lines[len(asked) :]]
     for way in (None, *BESIDE):
         folders = [folder for args in drawn if args.by == way for folder in args.folders]
         assert sorted(folders) == sorted(logs / name for name in DATA)
-    for name in searches:  # its own weights would give figures that do not compare
+    for name in {DATA[name].images or name for name in searches}:  # its own would give figures that do not compare
         weights = f"{name}/metric.safetensors"
         assert (logs / weights).read_bytes() == (root / "benchmarks" / "miniature" / weights).read_bytes()
 
@@ -445,7 +464,7 @@ def test_a_finished_run_is_not_continued_by_another_training(places, monkeypatch
     shutil.rmtree(places / "root" / "runs" / "fashion" / "none-12")
     with pytest.raises(ValueError, match=r"none-12\.json is finished at step 2, without points at 4; --again moves it"):
         run(places, *given, more=("--steps", "4"))
-    monkeypatch.setattr(miniature_run, "CURVE", (1,))
+    points(monkeypatch, (1,))
     with pytest.raises(ValueError, match=r"without points at 1; --again"):
         run(places, *given)
     assert log(places, "none-12") == old
@@ -460,7 +479,7 @@ def test_a_finished_run_is_not_continued_by_another_training(places, monkeypatch
 def test_a_run_is_not_continued_from_beyond_its_steps(places, monkeypatch):
     """Its last weights would be removed, and other ways and copies be those of another training."""
     given, arm = ("--lr", "1e-3", "--scale", "6", "--seeds", "20"), "nearest-10"
-    monkeypatch.setattr(miniature_run, "CURVE", (2,))
+    points(monkeypatch, (2,))
     monkeypatch.setitem(ARMS, arm, replace(ARMS[arm], variants=WAYS))
     run(places, arm, *given, more=("--steps", "4"))
     old = log(places, f"{arm}-20")
@@ -473,7 +492,7 @@ def test_a_run_is_not_continued_from_beyond_its_steps(places, monkeypatch):
 def test_a_run_of_the_search_that_lacks_points_is_not_taken(places, monkeypatch):
     given = ("none", "--lr", "5e-3")
     run(places, *given, "--search")
-    monkeypatch.setattr(miniature_run, "CURVE", (1,))
+    points(monkeypatch, (1,))
     (places / "logs/fashion/none-0.json").unlink(missing_ok=True)
     shutil.rmtree(places / "root/runs/fashion/none-0", ignore_errors=True)
     run(places, *given)
