@@ -10,7 +10,8 @@ is finished is skipped, so that runs can be spread over many calls, and `--secon
 time. The same command may run several times at once, on one GPU or more (CUDA_VISIBLE_DEVICES): each takes what no
 other is at. miniature_data.py holds data sets and arms, miniature_run.py one run.
 
-Points are scored by Euler's method and, from 1,000 steps on, by Heun's too. Runs from before that stay as they are,
+Points are scored by Euler's method and, from 1,000 steps on (on fashion-6 from 500), by Heun's too, and copies are
+looked for among the last samples of both. Runs from before that stay as they are,
 until the command is given with `--again`: it moves their logs and weights to folders other/DATE/, and trains and scores
 them anew, or takes the search's run of the same settings where that has been repeated. So it does with runs of other
 settings, or that ended at other steps, which are not overwritten without it.

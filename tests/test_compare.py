@@ -234,7 +234,7 @@ def test_committed_pages_are_of_the_committed_runs(root, tmp_path):
     pages = sorted(logs.glob("*/table.md"))
     folders = [tmp_path / given.parent.name for given in pages]
     for given, folder in zip(pages, folders, strict=True):
-        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "again", "scale-6", "*.md"))
+        shutil.copytree(given.parent, folder, ignore=shutil.ignore_patterns("other", "again", "*.md"))
     compare.main([str(folder) for folder in folders])
     for given, folder in zip(pages, folders, strict=True):
         assert (folder / "table.md").read_text() == given.read_text(), f"python -m scripts.compare {given.parent}"
@@ -396,54 +396,142 @@ def last_of(path):
     return point["held_out"]["fd"], point["heun-50"]["held_out"]["fd"]
 
 
-def test_the_report_quotes_the_larger_scale(root, tmp_path):
-    """Its runs differ from the others in the scale alone, and its pages are what the command writes."""
-    report, folder = (root / "evaluations/miniature.md").read_text(), root / "benchmarks/miniature/fashion"
-    chapter = report[report.index("### A larger scale") :].partition("\n##")[0]
-    quoted = [[*row.values()] for rows in entries(chapter).values() for row in rows]
-    expected = []
-    shutil.copy(folder / "controls.json", tmp_path)
-    (tmp_path / "scale-1").mkdir()
-    for arm in ("label", "nearest-10", "own"):
-        shutil.copy(folder / f"again/{arm}-0.json", tmp_path / "scale-1")
-        runs = [json.loads((folder / f"{name}/{arm}-0.json").read_text()) for name in ("again", "scale-6")]
-        assert [run["settings"].pop("scale") for run in runs] == [1, 6]
-        assert runs[0]["settings"] == runs[1]["settings"]
-        for scale, run in zip(("1", "6"), runs, strict=True):
-            points = run["curve"][1:]
-            fds = [point["held_out"]["fd"] for point in points]
-            fds += [point["heun-50"]["held_out"]["fd"] for point in points]
-            expected.append([f"`{arm}`", scale, *(f"{fd:.3g}" for fd in fds)])
-        assert 0 < 1 - runs[1]["curve"][-1]["holdout_loss"] / runs[0]["curve"][-1]["holdout_loss"] < 0.02
-    assert quoted == expected
-    shutil.copytree(folder / "scale-6", tmp_path / "scale-6", ignore=shutil.ignore_patterns("*.md"))
-    ratios = {}
-    for name in ("scale-1", "scale-6"):
-        for words, file in (([], "table.md"), (["--by", "heun-50"], "table-heun-50.md")):
-            compare.main([str(tmp_path / name), *words])
-            page = (tmp_path / name / file).read_text()
-            sizes = entries(page, "## Size of the bank")
-            ratios[name, file] = [sizes[share][0]["ratio over label"] for share in ("10%", "100%")]
-            if name == "scale-6":
-                assert page == (folder / name / file).read_text()
-                assert ("no curve jumps up                               | FAILED" in page) == (file == "table.md")
-                assert (sizes["10%"][0]["order of the arms"] == "nearest-10 and own swap") == (file != "table.md")
-    (bank, own), (by_heun, own_by_heun) = (ratios["scale-6", file] for file in ("table.md", "table-heun-50.md"))
-    before = ratios["scale-1", "table.md"] + ratios["scale-1", "table-heun-50.md"]
-    text = " ".join(chapter.split())
-    assert f"{bank} for the bank and {own} for own features, by Heun's {by_heun} and at least {own_by_heun[2:]}" in text
-    assert "give {} and {}, by Heun's {} and {};".format(*before) in text
-    curves = [read_arms(tmp_path / name) for name in ("scale-1", "scale-6")]
-    target = curves[0]["label"].distances[-1][0]
-    steps = [steps_to(target, one["nearest-10"].steps, one["nearest-10"].distances[:, 0]) for one in curves]
-    assert f"to {target:.3f} after {steps[1]:.0f} steps instead of {steps[0]:.0f}." in text
-    audits = entries((folder / "scale-6/table.md").read_text(), "## Are these")
-    assert f"({audits['nearest-10'][0]['near copies']} of the bank's in features)" in text
-    short = " ".join(report[report.index("- **A larger scale") :].partition("\n- ")[0].split())
-    lasts = [last_of(folder / name / "nearest-10-0.json") for name in ("again", "scale-6")]
-    assert "from {0:.3f} to {2:.3f}, by Heun's from {1:.3f} to {3:.3f}".format(*lasts[0], *lasts[1]) in short
-    assert f"ratios are {bank} and {by_heun}, at a scale of 1 they are {before[0]} and {before[2]}" in short
-    assert f"bring the bank to {lasts[1][1]:.3f} (one seed)" in " ".join((root / "README.md").read_text().split())
+MEMORIES = ("nearest-10", "own")
+TWICE = ("none-lr0.002-scale0", "label-lr0.002-scale6", "nearest-10-lr0.002-scale6", "own-lr0.002-scale6")  # the rate
+
+
+@pytest.fixture
+def best(root):
+    """Fashion at a scale of 6: its folder, pages and arms by Euler's and by Heun's method, and what the report says."""
+    folder, report = root / "benchmarks/miniature/fashion-6", (root / "evaluations/miniature.md").read_text()
+    pages = [(folder / name).read_text() for name in ("table.md", "table-heun-50.md")]
+    short = report[report.index("- **At its best settings on fashion") :].partition("\n- ")[0]
+    chapter = report[report.index("## What was found on fashion-6") :].partition("\n## ")[0]
+    found = {"folder": folder, "pages": pages, "arms": [read_arms(folder), read_arms(folder, "heun-50")]}
+    found |= {"chapter": chapter, "text": " ".join(chapter.split()), "short": " ".join(short.split())}
+    return SimpleNamespace(**found)
+
+
+def at(arms, steps):
+    """Arms with these of their points alone."""
+
+    def cut(run):
+        return run | {"curve": [point for point in run["curve"] if point["step"] in steps]}
+
+    return {name: Arm(name, [cut(run) for run in arm.runs]) for name, arm in arms.items()}
+
+
+def ratios(arms):
+    """Of bank and own features over labels, as text."""
+    return [ratio_of(reach(arms[name], targets(arms)["label"])[0]) for name in MEMORIES]
+
+
+def gain(before, after, step):
+    """By how much an arm's mean distance is lower after a change, and the standard error."""
+    old, new = (arm.distances[arm.steps.index(step)] for arm in (before, after))
+    error = (old.var(ddof=1) / len(old) + new.var(ddof=1) / len(new)) ** 0.5
+    return f"{old.mean() - new.mean():.3f} ± {error:.3f}".replace("-", "−")
+
+
+def test_the_report_quotes_fashion_at_its_best_scale(root, best, tmp_path):
+    """Its tables and verdicts, by both methods."""
+    shutil.copytree(best.folder, tmp_path / "fashion-6", ignore=shutil.ignore_patterns("again", "*.md"))
+    compare.main([str(tmp_path / "fashion-6"), "--by", "heun-50"])
+    assert (tmp_path / "fashion-6/table-heun-50.md").read_text() == best.pages[1], "python -m scripts.compare --by …"
+    quoted = entries(best.chapter).items()
+    rows = {title.removesuffix(", Heun"): row for title, row in quoted if title.endswith(", Heun")}
+    check_chapter(rows, best.pages[1], best.arms[1])
+
+    sizes = [entries(page, "## Size of the bank") for page in best.pages]
+    bank, own = ([size[share][0] for size in sizes] for share in ("10%", "100%"))
+    assert {row["the claim"] for row in bank} == {"does not hold, not met: ratio at least 2"}
+    assert {row["order of the arms"] for row in bank} == {"the same for 4 arms"}
+    assert all(row["the claim"].startswith("open") and row["the claim"].endswith("all seeds") for row in own)
+    seeds = [", ".join(row["of each seed"] for row in rows).split(", ") for rows in (bank, own)]
+    means = [[row["ratio over label"] for row in rows] for rows in (bank, own)]
+    assert "{} and {}, no seed above {:.3g}×".format(*means[0], max(float(one[:-1]) for one in seeds[0])) in best.text
+    assert "two seeds, {} and {}, by Heun's {} and {}: open".format(*seeds[1]) in best.text
+    worst = [entries(page, "## Steps to")["nearest-10"][0] for page in best.pages]
+    worst = [row["ratio to the best and worst of label's seeds"].split(", ")[1] for row in worst]
+    assert "to the worst of labels' seeds {} and {}".format(*worst) in best.text
+    audit = entries(best.pages[1], "## Are these")["nearest-10"][0]
+    assert f"({audit['near copies']} and {audit['of held-out']} in features)" in best.text
+
+    assert [entries(page)["no curve jumps up"][0]["result"] for page in best.pages] == ["FAILED", "passed"]
+    assert [page.count("| FAILED ") for page in best.pages] == [1, 0]
+    rises = best.arms[0]["nearest-10"].distances[-1] / best.arms[0]["nearest-10"].distances[-2] - 1
+    assert "rises by {:.0%} and {:.0%} at the end in two seeds".format(*rises) in best.text
+    at_scale_1 = entries((best.folder / "../fashion/table.md").read_text())
+    for name in ("own beats random in held-out loss", "class-mean resembles label in FD"):
+        assert at_scale_1[name][0]["result"] == "passed"
+        assert [entries(page)[name][0]["result"] for page in best.pages] == ["not run"] * 2
+    assert [page.count("| not run |") for page in best.pages] == [2, 2]
+
+    assert "bank is {} sooner than labels, by Heun's method {}: not kept".format(*means[0]) in best.short
+    assert "are {} and {} sooner".format(*means[1]) in best.short
+    readme, (memory, labels) = (root / "README.md").read_text(), (best.arms[1][arm] for arm in ("nearest-10", "label"))
+    quoted = f"the bank at {memory.final:.3f} ({labels.final:.3f} of labels) and {float(means[0][1][:-1]):.1f} times"
+    assert quoted in " ".join(readme.split())
+
+
+def test_the_report_compares_fashions_best_scale_with_the_published_one(best):
+    """With the points that both have: ratios, last distances, losses."""
+    folder = best.folder.parent / "fashion"
+    first, (again, by_heun) = read_arms(folder), (read_arms(folder / "again", way) for way in (None, "heun-50"))
+    fewer = [ratios(at(arms, (500, 1_000, 2_000, 4_000))) for arms in best.arms]
+    assert "at {} and {} for bank and own features, by Heun's at {} and {}:".format(*fewer[0], *fewer[1]) in best.text
+    before = [ratios(arms)[0] for arms in (first, again, by_heun)]
+    assert "bank was at {}, trained once more at {}, by Heun's at {}.".format(*before) in best.text
+    said = "bank ends {} (standard error) below the runs that were trained once more at scale 1, own features {}, "
+    for arms, others, sentence in (
+        (again, best.arms[0], said + "labels {};"),
+        (by_heun, best.arms[1], "by Heun's the bank {}, own features {}, labels {}."),
+    ):
+        assert sentence.format(*(gain(arms[arm], others[arm], 4_000) for arm in (*MEMORIES, "label"))) in best.text
+    assert f"by Heun's {gain(by_heun['nearest-10'], best.arms[1]['nearest-10'], 2_000)}." in best.text
+    one, *rest = best.arms[1]["nearest-10"].distances[-1]
+    assert f"({one:.3f}, where own features are) had promised more than the others keep" in best.text
+    assert "others keep ({:.2f}, {:.3f})".format(*rest) in best.text
+    for arm in ("label", *MEMORIES):
+        losses = [arms[arm].values("holdout_loss")[-1].mean() for arms in (again, best.arms[0])]
+        assert 0 < 1 - losses[1] / losses[0] < 0.02
+    ends = [arms["nearest-10"].final for arms in (best.arms[0], first, best.arms[1], by_heun)]
+    assert "to {:.3g} instead of {:.3g}, by Heun's to {:.3g} instead of {:.3g}".format(*ends) in best.short
+
+
+def test_the_report_quotes_the_search_on_fashion_at_its_best_scale(best):
+    curves = [read_run(best.folder / f"search/{name}.json")["curve"] for name in TWICE]
+    for name, curve in zip(TWICE, curves, strict=True):
+        usual = read_run(best.folder / f"{name.partition('-lr')[0]}-0.json")["curve"]
+        assert curve[0]["held_out"]["fd"] < usual[0]["held_out"]["fd"]
+        assert curve[-1]["held_out"]["fd"] > usual[-1]["held_out"]["fd"]
+    ends = [curve[-1]["held_out"]["fd"] for curve in curves]
+    said = "{:.2f} without a condition, {:.2f} with labels, {:.3f} with the bank, {:.2f} with own features"
+    assert said.format(*ends) in best.text
+    searches = best.folder.parent / "glyphs/search"
+    for arm, name in (("label", "labels"), ("nearest-10", "bank"), ("own", "own features")):
+        runs = [read_run(searches / f"{arm}-lr0.001-scale{scale}.json") for scale in (6, 1)]
+        ends = [run["curve"][-1]["held_out"]["fd"] for run in runs]
+        assert "{} {:.3f} against {:.3f}".format(name, *ends) in best.text
+        if arm == "nearest-10":
+            assert "({:.3f} against {:.3f}, by Euler's, one seed)".format(*ends) in best.short
+
+
+def test_runs_that_were_trained_twice_by_the_same_kernels_are_the_same_to_the_last_digit(root):
+    """Three hours apart, by two versions of the code."""
+    folder = root / "benchmarks/miniature/fashion-6"
+    paths = sorted((folder / "again").glob("*.json"))
+    assert [path.name for path in paths] == ["label-0.json", "nearest-10-0.json", "own-0.json"]
+    for path in paths:
+        before, now = (json.loads(one.read_text()) for one in (path, folder / path.name))
+        assert before["made"]["code"] != now["made"]["code"]
+        assert before["made"]["date"][:13] == "2026-11-30T20" < now["made"]["date"][:13] == "2026-11-30T23"
+        assert (before["settings"], before["copies"]) == (now["settings"], now["copies"])
+        points = {point["step"]: point for point in now["curve"]}
+        assert len(before["curve"]) == 4
+        for point in before["curve"]:
+            del point["seconds"]
+            assert point.items() <= points[point["step"]].items()
 
 
 def test_the_report_quotes_fashions_other_arms_by_heuns_method(root):
