@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import math
+import shlex
 import shutil
 import struct
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from scripts.sources import IDX_IMAGES, IDX_LABELS, read_idx
 MAGIC = {"images-idx3": IDX_IMAGES, "labels-idx1": IDX_LABELS}
 SIZE = 32  # the images' side after framing: the 28 pixels of Fashion-MNIST are no multiple of 8
 LATENT_CHANNELS = 4
+LAST = "--resident"  # of the words that scripts/fashion-mnist.sh itself gives to train.py
 COMPARED = ("samples", "random training images")  # rows of evaluations.controls that candidates are listed with
 
 
@@ -280,6 +282,7 @@ def describe(source: Path) -> dict:
     variables |= {"STEPS": training["steps"], "BATCH": training["batch_size"], "LR": training["lr"], "K": bank["k"]}
     training |= {
         "variables": {name: str(value) for name, value in variables.items()},  # of scripts/fashion-mnist.sh
+        "flags": made["command"][made["command"].index(LAST) + 1 :],  # behind its FOLDER
         "images_trained_on": config["store"]["num_images"],
         "seconds": round(training_hours(source / "run") * 3600),
     }
@@ -306,6 +309,7 @@ def model_card(exported: str, report: dict) -> str:
     training, sampling, judge = report["training"], report["sampling"], report["judge"]["name"]
     images = training["steps"] * training["batch_size"]
     variables = " ".join(f"{name}={value}" for name, value in training["variables"].items())
+    folder = shlex.join(["FOLDER", *training["flags"]])
     held_out, size = report["holdout_loss"], report["file"]["bytes"] / 1e6
     drawn = "the pixels" if training["variables"]["CODEC"] == "pixels" else "the codec's latents"
     rows = [
@@ -317,7 +321,7 @@ def model_card(exported: str, report: dict) -> str:
     sections = [
         exported.rstrip(),
         "## Training",
-        f"`{variables} bash scripts/fashion-mnist.sh FOLDER`, by code {training['code']}: "
+        f"`{variables} bash scripts/fashion-mnist.sh {folder}`, by code {training['code']}: "
         f"{training['images_trained_on']:,} of Fashion-MNIST's 60,000 training images, the others held out of "
         f"everything. {training['steps']:,} steps of {training['batch_size']} images, "
         f"{images / training['images_trained_on']:,.0f} epochs, in {training['seconds']} seconds on one "

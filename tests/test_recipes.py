@@ -490,7 +490,9 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     assert "snippet_scale=3" in report["training"]["model_options"]
     given = {"CODEC": "pixels", "MODEL": "SiT-Ti/4", "SCALE": "3", "STEPS": "4", "BATCH": "5", "LR": "0.001", "K": "8"}
     assert report["training"]["variables"] == given
-    assert "`" + " ".join(f"{name}={value}" for name, value in given.items()) + " bash scripts/fashion" in written[0]
+    assert report["training"]["flags"] == [*SMALL_RUN]
+    line = " ".join(f"{name}={value}" for name, value in given.items()) + " bash scripts/fashion-mnist.sh FOLDER "
+    assert f"`{line}{shlex.join(SMALL_RUN)}`, by code" in written[0]
     other = shutil.copytree(out, tmp_path / "other")
     rows = json.loads((other / "controls.json").read_text())
     rows["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"] = 123.0
