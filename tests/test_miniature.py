@@ -399,9 +399,7 @@ def test_data_sets_of_the_same_images_share_store_and_metric_but_no_run(places, 
     assert ours["curve"][-1]["train_loss"] == theirs["curve"][-1]["train_loss"]
     assert not (places / "root" / "data" / name).exists()
     assert not (places / "root" / "banks" / name).exists()
-    assert not (
-        places / "root" / "claims" / f"{name}-data"
-    ).exists()  # who writes to the store holds that of the images
+    assert not (places / "root" / "claims" / f"{name}-data").exists()  # a writer holds that of the images
     assert (places / "root" / "runs" / name / "nearest-10-40").is_dir()
 
 
