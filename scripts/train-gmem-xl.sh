@@ -3,9 +3,9 @@
 #   bash scripts/train-gmem-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh. On one GPU the batch of 256 is accumulated.
 # Hardware  1, 2, 4 or 8 GPUs of 80 GB, or of 40 with MICRO_BATCH=32, by estimate. For 24 GB MICRO_BATCH=16, best with the
-#           flag --checkpoint-activations: within 22 GiB, 23.6 GB, it took 16.5 GB at most, without the flag 21.8
-#           (benchmarks/results/cards*-h200.json), where a grid of samples may find no room and is then left out with a
-#           warning. By estimate MICRO_BATCH=8 with ALIGN=0 fits, too
+#           flag --checkpoint-activations: within 22 GiB, 23.6 GB, it took 16.5 GB at most, without the flag 21.6
+#           (benchmarks/results/cards*-h200.json), its grid of samples included; with less room the grid is left out, with
+#           a warning. By estimate MICRO_BATCH=8 with ALIGN=0 fits, too
 # Memory    a GPU: 22 bytes · 683M parameters = 15.0 GB, and activations; the flag --dry-run prints an estimate. Measured
 #           without alignment on one H200: 58.3 GB at 128 images, 20.5 GB at 16 (benchmarks/results/train-*h200*.json);
 #           the VAE takes about 1 GB more for the grids of samples (none with --sample-every 0)

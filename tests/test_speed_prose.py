@@ -57,3 +57,16 @@ def test_sampling_by_the_whole_command(record, prose):
     assert f"{took} s · 50 / 250 = {50_000 / rate / 5 / 60:.0f} minutes" in ode
     assert f"Memory {first['peak_gb']:.1f} GB on one H200" in head
     assert "| 1.7 h | 0.2 h |" in readme
+
+
+def test_an_xl_with_alignment_just_fits_22_gib_with_its_grid(record, prose):
+    (stage,) = record("cards-train-h200")["stages"]
+    (less,) = [one for one in record("cards-h200")["stages"] if one["stage"] == "train-checkpointed"]
+    (first,) = [one for one in record("cards-h200")["stages"] if one["stage"] == "train"]
+    assert (stage["status"], stage["grids"], first["status"]) == (0, 1, 2)
+    limit = record("cards-train-h200")["limit_gib"] * 2**30 / 1e9
+    peak, held = f"{stage['peak_gb']:.1f}", f"{stage['reserved_gb']:.1f}"
+    assert f"with its grid of samples: {peak} GB, and {held} of the {limit:.1f} as reserved" in prose("README.md")
+    assert "here it was drawn ([json](results/cards-train-h200.json))" in prose("benchmarks/README.md")
+    head = prose("scripts/train-gmem-xl.sh")
+    assert f"{limit:.1f} GB, it took {less['peak_gb']:.1f} GB at most, without the flag {peak} (" in head
