@@ -7,19 +7,21 @@
 #           (benchmarks/results/cards*-h200.json), its grid of samples included; with less room the grid is left out, with
 #           a warning. By estimate MICRO_BATCH=8 with ALIGN=0 fits, too
 # Memory    a GPU: 22 bytes · 683M parameters = 15.0 GB, and activations; the flag --dry-run prints an estimate. Measured
-#           without alignment on one H200: 58.3 GB at 128 images, 20.5 GB at 16 (benchmarks/results/train-*h200*.json);
-#           the VAE takes about 1 GB more for the grids of samples (none with --sample-every 0)
+#           on one H200: 58.3 GB at 128 images, 25.8 at 32, without alignment; with it at most 65.3 and 31.9, for the
+#           benchmark keeps other networks beside it (benchmarks/results/train-align-h200.json). The VAE takes about 1 GB
+#           more for the grids of samples (none with --sample-every 0)
 # Disk      16 · 683M = 10.9 GB a checkpoint, three at a time; 2.7 GB a snapshot every 50,000 steps
-# Time      one H200 without alignment: 560 images/s at 32 a step, 645 at 128, 506 at 16, 256 a step, within 22 GiB
-#           (benchmarks/results/train-*.json). Estimate: with the encoder 1 / (1/560 + 1/8,099) = 524, and 400,000 · 256 /
-#           (8 · 524) = 24,400 s = 7 hours on eight, STEPS=2000000 34, if eight lose nothing; two lost 10 to 11 ms a step
-#           (5% at 128 images each, 10% at 64), which at 32 would be 16%: 8 and 40 hours;
-#           one alone, 128 images at once: 1 / (1/645 + 1/8,099) = 597, 48 hours
-# Alignment the encoder alone does 8,099 images/s on one H200 (benchmarks/results/encode-h200-x1.json), compiled, 128 at once;
-#           train.py runs it uncompiled, 32 at once, and trains a head (2% of the operations), which was not timed: the
-#           hours above are a lower bound. It needs the store's images, 252 GB; with tokens stored instead
-#           (encode-imagenet.sh --patches) only the head is added, but they take 1,281,167 · 256 · 768 · 2 bytes = 504 GB;
-#           ALIGN=0 trains without
+# Time      one H200 with alignment: 566 images/s at 128 images a step, 490 at 32
+#           (benchmarks/results/train-align-h200.json). One alone, 128 images at once: 400,000 · 256 / 566 = 181,000 s = 50
+#           hours, STEPS=2000000 251. Estimate for eight, 32 images each: 400,000 · 256 / (8 · 490) = 26,100 s = 7 hours,
+#           STEPS=2000000 36, if eight lose nothing; two lost 12.4% at 32 images each, without alignment
+#           (benchmarks/results/train-h200-x2-levers-plain.json): 8 and 41 hours. Four take 64 images each, where
+#           NCCL_MAX_CTAS=16 NCCL_CGA_CLUSTER_SIZE=8 TORCH_NCCL_HIGH_PRIORITY=1 before the command lost 6.7% on two, NCCL's
+#           choice 9 to 10 (benchmarks/results/train-h200-x2-*.json); four were not measured
+# Alignment a step takes 13% longer with it: 639 images/s at 128 and 555 at 32 without, in the same run; 506 at 16, 256 a
+#           step, within 22 GiB (benchmarks/results/train-memory.json). It needs the store's images, 252 GB; with tokens
+#           stored instead (encode-imagenet.sh --patches) only a head is added, but they take
+#           1,281,167 · 256 · 768 · 2 bytes = 504 GB; ALIGN=0 trains without
 # Expected  published, FID-50K without guidance: 5.75 at 250,000 steps, 3.56 at 2,000,000. Not yet reproduced
 set -euo pipefail
 source "$(dirname "$0")/imagenet.sh"
