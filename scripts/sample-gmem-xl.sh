@@ -7,8 +7,8 @@
 # Hardware  one GPU or more; image i is the same picture on any number
 # Memory    4.7 GB on one H200 with a bank of 640,000 (benchmarks/results/sample-h200.json); BATCH=32 for a small GPU
 # Disk      9.8 GB for the npz (50,000 · 256·256·3 bytes) and as much while it is written; PNG files on top
-# Time      8.3 images/s on one H200, compiled as by default, BATCH=256, decoding and files included
-#           (benchmarks/results/sample-h200.json, random weights): 50,000 / 8.3 = 6,000 s = 1.7 hours; estimate for
+# Time      8.27 images/s on one H200, compiled as by default, BATCH=256, decoding and files included
+#           (benchmarks/results/sample-h200.json, random weights): 50,000 / 8.27 = 6,050 s = 1.7 hours; estimate for
 #           eight: 13 minutes
 # Expected  published: FID-50K 3.56. Not yet reproduced: the file was out of reach where this was written
 set -euo pipefail

@@ -3,7 +3,7 @@
 #   bash scripts/train-repa-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh.
 # Hardware, memory, disk   as for train-gmem-xl.sh
-# Time      estimate as there: 400,000 steps take 7 hours on eight H200, STEPS=4000000 takes 68
+# Time      estimate as there: 400,000 steps take 7 hours on eight H200, STEPS=4000000 takes 73
 # Expected  published, FID-50K without guidance: 7.9 at 400,000 steps, 5.9 at 4,000,000. Not yet reproduced; the authors
 #           trained in fp16, this recipe in bf16
 set -euo pipefail

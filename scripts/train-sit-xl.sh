@@ -3,8 +3,8 @@
 #   VIEWS=2 KEEP_IMAGES=no bash scripts/encode-imagenet.sh && bash scripts/train-sit-xl.sh [flags of train.py]
 # Variables: STEPS, OUT, MODEL, and those of imagenet.sh.
 # Hardware, memory, disk   as for train-gmem-xl.sh
-# Time      estimate as there, without the encoder: 400,000 · 256 / (8 · 560) = 22,900 s = 6 hours on eight H200,
-#           STEPS=7000000 takes 111
+# Time      estimate as there, at the 560 images/s without alignment (benchmarks/results/train-h200-x1.json):
+#           400,000 · 256 / (8 · 560) = 22,900 s = 6 hours on eight H200, STEPS=7000000 takes 111
 # Expected  published, FID-50K without guidance, SDE: 17.19 at 400,000 steps, 8.26 at 7,000,000. Not yet reproduced;
 #           the authors trained without autocast, this recipe in bf16
 set -euo pipefail
