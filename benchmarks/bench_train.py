@@ -513,8 +513,8 @@ def speed_table(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
                 yield result
     trainer.network = trainer.model = trainer.update = trainer.ema = trainer.optimizer = trainer.run_micro_step = None
     exchanging = alone = model = None
+    trainer.accelerator.free_memory()  # it keeps what it prepared
     if args.align:
-        gc.collect()
         for more, batch, numbers in aligned(args, folder):
             result["operations_an_image_aligned"] = more
             add_row("train.py aligned", batch, world, numbers, more)

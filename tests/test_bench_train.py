@@ -1,5 +1,6 @@
 """The benchmark of training runs on a CPU: it times train.py's own steps, after a comparison with float32."""
 
+import gc
 import json
 import subprocess
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from benchmarks import bench_train
 from benchmarks.path import make_encoder
 from memory.resident import ResidentDataset
 from models.encoder import load_encoder
+from models.sit import SiT
 
 
 def test_it_writes_what_it_measured(tmp_path, capsys):
@@ -39,6 +41,23 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
     assert result["operations_an_image"] == 3 * 2 * counted_macs()
     assert {"code", "device", "processes", "versions", "command", "date"} <= result.keys()
     assert "images_per_second" in capsys.readouterr().out
+
+
+def test_aligned_steps_begin_with_no_other_network_in_memory(tmp_path, monkeypatch):
+    """Whose weights and gradients their peak would count."""
+    left = []
+
+    def aligned(args, folder):
+        left.extend(thing for thing in gc.get_objects() if isinstance(thing, SiT))
+        return iter(())
+
+    monkeypatch.setattr(bench_train, "aligned", aligned)
+    before = [thing for thing in gc.get_objects() if isinstance(thing, SiT)]
+    words = ["--model", "SiT-Ti/4", "--batches", "1", "--steps", "1", "--images", "8", "--align", "test_vit@128"]
+    bench_train.main([*words, "--out", str(tmp_path / "out.json")])
+    left = [network for network in left if not any(network is other for other in before)]
+    assert len(left) == 1  # the plain one, which the peers' recipe trains
+    assert all(parameter.grad is None for parameter in left[0].parameters())
 
 
 def test_aligned_steps_run_the_encoder_and_count_it(tmp_path):
