@@ -6,7 +6,7 @@ A mean ratio is that of the seeds' mean curve; runs of an arm that end before it
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +77,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Target:
-    """A distance that arms are to reach, the steps after which a baseline first had it, and its seeds' own."""
+    """A distance that arms are to reach, and the steps after which a baseline first had it."""
 
     distance: float
     steps: float
-    seeds: tuple[float, ...] = ()
     at_once: bool = False  # by its first point, so that the steps are at most so many
 
 
@@ -196,15 +195,16 @@ def steps_to(distance: float, steps: list[int], distances: np.ndarray) -> float 
     return None
 
 
+def last_of(steps: list[int], distances: np.ndarray) -> Target:
+    """The last distance of a curve, which it had sooner than at its last step if it rises again."""
+    first, last = steps_to(distances[-1], steps, distances), steps[-1]
+    first = last if math.isclose(first, last) else first  # but for the rounding of logarithms
+    return Target(float(distances[-1]), first, first == steps[0])
+
+
 def targets(arms: dict[str, Arm]) -> dict[str, Target]:
-    """The last distances of the baselines that are there, and that of `label` with its best guidance, if that helps. A
-    baseline whose distance rises again had it sooner than at its last step."""
-    found = {}
-    for name in (name for name in BASELINES if name in arms):
-        arm = arms[name]
-        first, last = steps_to(arm.final, arm.steps, arm.distances.mean(1)), arm.steps[-1]
-        steps = last if math.isclose(first, last) else first  # but for the rounding of logarithms
-        found[name] = Target(arm.final, steps, tuple(map(float, arm.distances[-1])), steps == arm.steps[0])
+    """The last distances of the baselines that are there, and that of `label` with its best guidance, if that helps."""
+    found = {name: last_of(arms[name].steps, arms[name].distances.mean(1)) for name in BASELINES if name in arms}
     guided = {way: of for way, of in variants(arms["label"]).items() if "guided" in way} if "label" in arms else {}
     if guided:
         best = min(guided, key=lambda way: score(guided[way], "held_out", "fd"))
@@ -227,13 +227,10 @@ def reach(arm: Arm, target: Target) -> tuple[Reach, list[Reach]]:
     return of(arm.distances.mean(1)), [of(seed) for seed in arm.distances.T]
 
 
-def spread(arm: Arm, target: Target) -> tuple[Reach, Reach] | None:
-    """How soon an arm's mean curve comes to the best and to the worst of a baseline's seeds, by the steps of their
-    mean: how much the target itself is in doubt. None if there is one."""
-    if len(target.seeds) < 2:
-        return None
-    best, worst = (reach(arm, replace(target, distance=of(target.seeds)))[0] for of in (min, max))
-    return best, worst
+def over_each(arm: Arm, baseline: Arm) -> list[Reach]:
+    """How soon an arm's mean curve comes to the last distance of each of a baseline's seeds, by that seed's own steps:
+    how much a ratio over their mean is in doubt."""
+    return [reach(arm, last_of(baseline.steps, seed))[0] for seed in baseline.distances.T]
 
 
 def ratio_of(reached: Reach) -> str:

@@ -61,6 +61,7 @@ from scripts.arms import (
     dig,
     made,
     missing,
+    over_each,
     rates,
     ratio_of,
     reach,
@@ -69,7 +70,6 @@ from scripts.arms import (
     sampled_by,
     score,
     scored,
-    spread,
     targets,
     variants,
 )
@@ -229,8 +229,8 @@ def ratios(arms: dict[str, Arm]) -> list[dict]:
             first = f", had after {target.steps:,.0f}" if target.steps < arms[name.split()[0]].steps[-1] else ""
             title = f"{name}'s {target.distance:.3g}{first} ({BASELINES.get(name, 'best guidance')})"
             row[title] = reached(arm, target) if name != arm.name else ""
-            if name == "label" and (doubt := spread(arm, target)):
-                row["ratio to the best and worst of label's seeds"] = ", ".join(map(ratio_of, doubt))
+            if name == "label" and len(arms[name].runs) > 1:
+                row["over each of label's seeds"] = ", ".join(map(ratio_of, over_each(arm, arms[name])))
         rows.append(row)
     return rows
 

@@ -10,12 +10,12 @@ from scripts.arms import (
     Arm,
     common_step,
     missing,
+    over_each,
     rates,
     ratio_of,
     reach,
     read_arms,
     read_run,
-    spread,
     steps_to,
     targets,
 )
@@ -130,16 +130,14 @@ def test_a_baseline_there_by_its_first_point_may_have_been_there_sooner(tmp_path
     assert [(one.passed, one.figures) for one in found] == [(passed, "not known") for passed in (True, None, None)]
 
 
-def test_a_target_is_as_sure_as_the_seeds_that_set_it(tmp_path):
-    """Seeds at 1 and 4: 16,000/step is there after 16,000 and 4,000 steps, of which it has 8,000."""
+def test_a_ratio_is_as_sure_as_the_seeds_it_is_over(tmp_path):
+    """16,000/step is at 1 after 16,000 steps, at 4 after 4,000, of the seeds' 8,000, and at 6 after 2,667; the seed
+    that ends there was there after 1,000."""
     write(tmp_path, "own", power_law(16_000, 1))
-    write(tmp_path, "label", [9, 8, 7, 5, 1], 0)
-    assert spread(read_arms(tmp_path)["own"], targets(read_arms(tmp_path))["label"]) is None
-    write(tmp_path, "label", [9, 8, 7, 5, 4], 1)
+    for seed, distances in enumerate(([9, 8, 7, 5, 1], [9, 8, 7, 5, 4], [9, 6, 5, 5, 6])):
+        write(tmp_path, "label", distances, seed)
     arms = read_arms(tmp_path)
-    best, worst = spread(arms["own"], targets(arms)["label"])
-    assert best.steps is None
-    assert (worst.steps, worst.ratio) == (pytest.approx(4000), pytest.approx(2))
+    assert [ratio_of(one) for one in over_each(arms["own"], arms["label"])] == ["not reached", "2×", "0.375×"]
 
 
 def test_guidance_that_does_not_help_is_no_target(tmp_path):
