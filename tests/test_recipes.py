@@ -501,12 +501,19 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     config = json.loads((other / "run" / "config.json").read_text())
     config["args"]["steps"] = 9  # of a longer run that was cut off after the export
     config["codec"]["name"] = str(tmp_path / "codecs" / "mine")
+    config["args"]["model_options"] = ["align_depth=3"]  # by a flag, in the place of the recipe's own
+    config["runs"][-1]["command"] += ["--init", "two words"]
     (other / "run" / "config.json").write_text(json.dumps(config))
     make_assets.main(["candidates", "--source", str(out), str(other), "--out", str(tmp_path / "asset")])
     candidate, second = json.loads((tmp_path / "asset" / "candidates.json").read_text())
     assert second["scores"]["samples"] == candidate["scores"]["samples"] | {"FD-regnetx_002@64": 123.0}
     assert second["training"]["steps"] == 4  # of the network that was exported and scored
-    assert second["training"]["variables"] == given | {"CODEC": "mine"}
+    assert second["training"]["variables"] == given | {"CODEC": "mine", "SCALE": "1"}
+    make_assets.main(["model", "--source", str(other), "--out", str(tmp_path / "of another")])
+    card = (tmp_path / "of another" / "README.md").read_text()
+    assert f"FOLDER {shlex.join(SMALL_RUN)} --init 'two words'`" in card
+    assert "(latent: the codec's latents that" in card
+    assert "(latent: the pixels that" in written[0]
     titles = ("samples", "random training images")
     figures = ("near_copies", "near_copies_held_out", "excess", "standard_error")
     assert candidate == {
