@@ -493,6 +493,9 @@ def test_a_run_is_not_continued_from_beyond_its_steps(places, monkeypatch):
         run(places, arm, *given, "--variants")
     assert log(places, f"{arm}-20") == old
     assert (places / "root/runs/fashion" / f"{arm}-20" / "checkpoints/0000004-ema.pt").is_file()
+    run(places, arm, *given, "--again")
+    assert [point["step"] for point in log(places, f"{arm}-20")["curve"]] == [2]
+    assert log(places, f"other/{old['made']['date'][:10]}/{arm}-20") == old
 
 
 def test_a_run_of_the_search_that_lacks_points_is_not_taken(places, monkeypatch):
