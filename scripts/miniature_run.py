@@ -118,11 +118,12 @@ class Run:
         finished = "copies" in log and bool(lacking)  # whose weights of other steps are gone
         beyond = log.get("steps", 0) > self.args.steps  # whose last weights are of another step
         if (changed or finished or beyond) and not self.args.again:
-            what = f"ends at step {log.get('steps', 0):,}, beyond --steps {self.args.steps}"
-            if finished:
-                what = f"is finished at step {log['steps']:,}, without points at {', '.join(map(str, lacking))}"
             if changed:
                 what = f"has other settings, {differing(log, new)}"
+            elif finished:
+                what = f"is finished at step {log['steps']:,}, without points at {', '.join(map(str, lacking))}"
+            else:
+                what = f"ends at step {log['steps']:,}, beyond --steps {self.args.steps}"
             raise ValueError(f"{self.path} {what}; --again moves it to other/ and does the run anew")
         self.repeated = self.args.again and (changed or finished or beyond or self.incomplete(log))
         lost = not log.keys() & {"copies", "diverged"} and not self.folder.is_dir()  # a curve is of one training

@@ -121,9 +121,9 @@ def test_a_bound_below_what_is_asked_leaves_it_open(tmp_path):
     assert [one.passed for one in found("sure", FLAT, 1, 1)[:3]] == [True] * 3
 
 
-@pytest.mark.parametrize(("first", "own"), [(500, [1] * 5), (1000, [1] * 4), (500, [3, 1, 1, 1, 1])])
+@pytest.mark.parametrize(("first", "own"), [(500, [1] * 5), (1000, [1] * 4), (2000, [1] * 3), (500, [3, 1, 1, 1, 1])])
 def test_a_baseline_there_by_its_first_point_may_have_been_there_sooner(tmp_path, first, own):
-    """Its steps are at most those; by a point of the arm before it nothing is known, either."""
+    """Its steps are at most those; of the arm's first point, or of a point before it, nothing is known, either."""
     write(tmp_path, "label", [2] * 4, steps=STEPS[1:])
     write(tmp_path, "own", own, steps=STEPS[STEPS.index(first) :])
     found = conditions(read_arms(tmp_path), "own")[:3]
@@ -138,6 +138,14 @@ def test_a_ratio_is_as_sure_as_the_seeds_it_is_over(tmp_path):
         write(tmp_path, "label", distances, seed)
     arms = read_arms(tmp_path)
     assert [ratio_of(one) for one in over_each(arms["own"], arms["label"])] == ["not reached", "2×", "0.375×"]
+
+
+def test_to_seeds_that_were_there_by_their_first_point_no_ratio_is_known(tmp_path):
+    write(tmp_path, "own", [1] * 5)
+    for seed, flat in enumerate((2, 4)):
+        write(tmp_path, "label", [flat] * 5, seed)
+    arms = read_arms(tmp_path)
+    assert [ratio_of(one) for one in spread(arms["own"], targets(arms)["label"])] == ["not known"] * 2
 
 
 def test_guidance_that_does_not_help_is_no_target(tmp_path):

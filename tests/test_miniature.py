@@ -465,6 +465,11 @@ def test_a_finished_run_is_not_continued_by_another_training(places, monkeypatch
     shutil.rmtree(places / "root" / "runs" / "fashion" / "none-12")
     with pytest.raises(ValueError, match=r"none-12\.json is finished at step 2, without points at 4; --again moves it"):
         run(places, *given, more=("--steps", "4"))
+    other = ("none", "--lr", "2e-3", "--seeds", "12")  # of which its settings say more
+    with pytest.raises(ValueError, match=r"none-12\.json has other settings, lr: 0\.001 and 0\.002; --again"):
+        run(places, *other, more=("--steps", "4"))
+    with pytest.raises(ValueError, match=r"none-12\.json is finished at step 2, without points at 1; --again"):
+        run(places, *given, more=("--steps", "1"))
     points(monkeypatch, (1,))
     with pytest.raises(ValueError, match=r"without points at 1; --again"):
         run(places, *given)
@@ -488,6 +493,9 @@ def test_a_run_is_not_continued_from_beyond_its_steps(places, monkeypatch):
         run(places, arm, *given, "--variants")
     assert log(places, f"{arm}-20") == old
     assert (places / "root/runs/fashion" / f"{arm}-20" / "checkpoints/0000004-ema.pt").is_file()
+    run(places, arm, *given, "--again")
+    assert [point["step"] for point in log(places, f"{arm}-20")["curve"]] == [2]
+    assert log(places, f"other/{old['made']['date'][:10]}/{arm}-20") == old
 
 
 def test_a_run_of_the_search_that_lacks_points_is_not_taken(places, monkeypatch):

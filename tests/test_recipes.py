@@ -487,6 +487,7 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     assert str(tmp_path) not in written[0] + written[1]
     assert (report["training"]["steps"], report["bank"]["k"], report["sampling"]["evaluations"]) == (4, 8, 3)
     assert report["training"]["seconds"] == 4 * 5 / 0.5
+    assert json.loads((out / "bank" / "bank.json").read_text())["iterations"] == 20  # as the shipped model's bank
     assert "snippet_scale=3" in report["training"]["model_options"]
     given = {"CODEC": "pixels", "MODEL": "SiT-Ti/4", "SCALE": "3", "STEPS": "4", "BATCH": "5", "LR": "0.001", "K": "8"}
     assert report["training"]["variables"] == given
@@ -497,9 +498,22 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
     rows = json.loads((other / "controls.json").read_text())
     rows["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"] = 123.0
     (other / "controls.json").write_text(json.dumps(rows))
+    config = json.loads((other / "run" / "config.json").read_text())
+    config["args"]["steps"] = 9  # of a longer run that was cut off after the export
+    config["codec"]["name"] = str(tmp_path / "codecs" / "mine")
+    config["args"]["model_options"] = ["align_depth=3"]  # by a flag, in the place of the recipe's own
+    config["runs"][-1]["command"] += ["--init", "two words"]
+    (other / "run" / "config.json").write_text(json.dumps(config))
     make_assets.main(["candidates", "--source", str(out), str(other), "--out", str(tmp_path / "asset")])
     candidate, second = json.loads((tmp_path / "asset" / "candidates.json").read_text())
     assert second["scores"]["samples"] == candidate["scores"]["samples"] | {"FD-regnetx_002@64": 123.0}
+    assert second["training"]["steps"] == 4  # of the network that was exported and scored
+    assert second["training"]["variables"] == given | {"CODEC": "mine", "SCALE": "1"}
+    make_assets.main(["model", "--source", str(other), "--out", str(tmp_path / "of another")])
+    card = (tmp_path / "of another" / "README.md").read_text()
+    assert f"FOLDER {shlex.join(SMALL_RUN)} --init 'two words'`" in card
+    assert "(latent: the codec's latents that" in card
+    assert "(latent: the pixels that" in written[0]
     titles = ("samples", "random training images")
     figures = ("near_copies", "near_copies_held_out", "excess", "standard_error")
     assert candidate == {
@@ -508,7 +522,7 @@ def test_fashion_mnist_and_its_asset(root, environment, tmp_path):
         "scores": {title: report["rows"][title]["metrics"]["held-out"] for title in titles},
         "spaces": {name: {key: space[key] for key in figures} for name, space in report["spaces"].items()},
     }
-    assert str(tmp_path) not in json.dumps(candidate)
+    assert str(tmp_path) not in json.dumps([candidate, second])
     assert set(report["spaces"]) == {"regnetx_002@64", "latent"}
     assert "suspicious" not in report["spaces"]["latent"]  # pairs of files, of no use to others
     score = report["rows"]["samples"]["metrics"]["held-out"]["FD-regnetx_002@64"]
