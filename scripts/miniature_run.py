@@ -186,12 +186,14 @@ class Run:
             self.write(diverged=str(error))  # a setting that diverges loses the search
             return
         if "copies" not in self.log:
-            if not last.is_dir():
-                self.sample(weights, last)
+            self.complete(last, weights)
             shutil.copyfile(last / "preview.png", self.path.with_suffix(".png"))
-            ways = self.data.kind.beside(self.args.steps)
-            self.write(copies_by={way: self.audit(self.sampled(last, way, weights, ways[way])) for way in ways})
-            self.write(copies=self.audit(last))  # which ends a run
+            copies_by = {}
+            for way, changes in self.data.kind.beside(self.args.steps).items():
+                samples = last.with_name(f"{last.name}-{way}")
+                self.complete(samples, weights, changes)
+                copies_by[way] = self.audit(samples)
+            self.write(copies_by=copies_by, copies=self.audit(last))  # which end a run
             self.control(last)
         for way, changes in self.variants_left().items():
             point = scored.get(self.args.steps, {})
@@ -283,12 +285,10 @@ class Run:
                 point |= {LOSSES[key]: entry[key] for key in LOSSES if key in entry}
         return point
 
-    def sampled(self, last: Path, way: str, weights: Path, changes: Sequence[str]) -> Path:
-        """The last point's samples of another way, made again if an earlier start scored them."""
-        out = last.with_name(f"{last.name}-{way}")
-        if not out.is_dir():
-            self.sample(weights, out, changes)
-        return out
+    def complete(self, samples: Path, weights: Path, changes: Sequence[str] = ()) -> None:
+        """Make the last point's samples where an earlier start did not, or not all of them."""
+        if not (samples / "samples.npz").is_file():
+            self.sample(weights, samples, changes)
 
     def sample(self, weights: Path, out: Path, more: Sequence[str] = ()) -> str:
         """Images from averaged weights into a folder; the command's line."""

@@ -145,7 +145,7 @@ def test_to_seeds_that_were_there_by_their_first_point_no_ratio_is_known(tmp_pat
     for seed, flat in enumerate((2, 4)):
         write(tmp_path, "label", [flat] * 5, seed)
     arms = read_arms(tmp_path)
-    assert [ratio_of(one) for one in spread(arms["own"], targets(arms)["label"])] == ["not known"] * 2
+    assert [ratio_of(one) for one in over_each(arms["own"], arms["label"])] == ["not known"] * 2
 
 
 def test_guidance_that_does_not_help_is_no_target(tmp_path):

@@ -521,11 +521,17 @@ def test_a_run_that_was_cut_off_goes_on_unless_its_weights_are_lost(places, monk
             with pytest.raises(KeyboardInterrupt):
                 run(places, *given)
         found = log(places, "none-30")
+        assert not found.keys() & {"copies", "copies_by"}
         if lost:
             shutil.rmtree(places / "root/runs/fashion/none-30")
+        else:  # cut off within the samples
+            samples = places / "root/samples/fashion/none-30"
+            (samples / "2/samples.npz").unlink()
+            shutil.rmtree(samples / "2-heun-50")
         capsys.readouterr()
         run(places, *given)
         assert capsys.readouterr().out.count("$ python train.py") == lost
+        assert log(places, "none-30")["copies_by"]["heun-50"] != log(places, "none-30")["copies"]
         assert (log(places, "none-30")["made"] == found["made"]) != lost
         (places / "logs/fashion/none-30.json").unlink()
         shutil.rmtree(places / "root/runs/fashion/none-30")
