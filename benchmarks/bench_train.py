@@ -425,11 +425,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.memory and (args.resident or args.align):
-        other = "--resident" if args.resident else "--align"
-        raise ValueError(f"--memory with {other}: it times no such steps; leave one of them out")
+    others = {"--resident": args.resident, "--align": args.align, "--exchange": args.exchange}
+    if args.memory and (given := [flag for flag, value in others.items() if value]):
+        raise ValueError(f"--memory with {given[0]}: it times no such steps; leave one of them out")
     if args.memory and not torch.cuda.is_available():
-        raise ValueError("--memory measures a GPU's memory, and no GPU is here")
+        raise ValueError("--memory measures a GPU's memory, and no GPU is here: leave it out, or run it where one is")
     if args.exchange and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError(f"--exchange {args.exchange[0]}: there is one process; start several by torchrun")
     if unread := [words for words in args.exchange if not re.fullmatch(EXCHANGE, words)]:

@@ -40,7 +40,7 @@ if [ ! -f "$work/export/model.safetensors" ]; then # remove OUT/export to train 
     launch train.py --store "$store" --bank "$bank" --out "$run" --model "${MODEL:-SiT-Ti/4}" --steps "$steps" \
         --model-options "snippet_scale=${SCALE:-1}" null_dropout=0.1 --batch-size "$batch" --lr "${LR:-1e-3}" \
         --ema-decay 0.9995 --log-every 500 --save-every 5000 --eval-every 5000 --snapshot-every 0 --sample-every 0 \
-        --resident "${@:2}"
+        --resident "${@:2}" # --resident last: what follows it stands in the model card as flags
     launch -m scripts.export "$run" --half --out "$work/export"
 else
     echo "$work/export is there already and is not trained anew; remove it to train by other variables or flags"

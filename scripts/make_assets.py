@@ -308,8 +308,8 @@ def model_card(exported: str, report: dict) -> str:
     """The export's card, how the network was trained, and what was measured."""
     training, sampling, judge = report["training"], report["sampling"], report["judge"]["name"]
     images = training["steps"] * training["batch_size"]
-    variables = " ".join(f"{name}={value}" for name, value in training["variables"].items())
-    folder = shlex.join(["FOLDER", *training["flags"]])
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in training["variables"].items())
+    given = shlex.join(["FOLDER", *training["flags"]])
     held_out, size = report["holdout_loss"], report["file"]["bytes"] / 1e6
     drawn = "the pixels" if training["variables"]["CODEC"] == "pixels" else "the codec's latents"
     rows = [
@@ -321,7 +321,7 @@ def model_card(exported: str, report: dict) -> str:
     sections = [
         exported.rstrip(),
         "## Training",
-        f"`{variables} bash scripts/fashion-mnist.sh {folder}`, by code {training['code']}: "
+        f"`{variables} bash scripts/fashion-mnist.sh {given}`, by code {training['code']}: "
         f"{training['images_trained_on']:,} of Fashion-MNIST's 60,000 training images, the others held out of "
         f"everything. {training['steps']:,} steps of {training['batch_size']} images, "
         f"{images / training['images_trained_on']:,.0f} epochs, in {training['seconds']} seconds on one "

@@ -116,6 +116,7 @@ def test_two_processes_exchange_gradients_in_the_ways_that_are_named(root, envir
         ("--memory", "no GPU"),
         ("--memory --resident", "leave one"),
         ("--memory --align", "--align: it times no"),
+        ("--memory --exchange 25", "--exchange: it times no"),
         ("--exchange 25:8", "25:8: there is one process"),
     ],
 )
