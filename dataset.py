@@ -34,7 +34,7 @@ FORMAT = 1  # of meta.json and the arrays; raised when an older reader would mis
 META, NAMES, LABELS, PROGRESS = "meta.json", "files.txt", "labels.npy", "progress"
 COUNTS = {"num_images": 0, "num_views": 1, "image_size": 1, "image_channels": 1}  # of meta.json, each at least so many
 FIELDS = {"codec": dict, "encoders": dict, "patches": dict, "fingerprint": str, "has_images": bool}  # and their kinds
-ROWS, VIEWS = 0, 1  # addresses of the two streams of random numbers under one seed
+ROW_STREAM, VIEW_STREAM = 0, 1  # addresses of the two streams of random numbers under one seed
 COPY_BYTES = 2**24  # staging reads and writes this much at a time
 
 
@@ -182,7 +182,7 @@ def generator(seed: int, stream: int, position: int) -> np.random.Generator:
 @functools.lru_cache(maxsize=2)  # a batch spans at most two epochs, unless the whole data set is smaller than it
 def permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of all rows in one epoch, (num_rows,) int64."""
-    order = generator(seed, ROWS, epoch).permutation(num_rows)
+    order = generator(seed, ROW_STREAM, epoch).permutation(num_rows)
     order.flags.writeable = False  # the cache hands out the array itself
     return order
 
@@ -200,7 +200,7 @@ def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> np.nda
 
 def views_of_step(batch_size: int, num_views: int, seed: int, step: int) -> np.ndarray:
     """The one coin of each sample of a global batch, (batch_size,) int64 in [0, num_views)."""
-    return generator(seed, VIEWS, step).integers(num_views, size=batch_size)
+    return generator(seed, VIEW_STREAM, step).integers(num_views, size=batch_size)
 
 
 class StepSampler(Sampler):

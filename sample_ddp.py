@@ -129,7 +129,7 @@ class Generator:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.batch_size, self.normals, self.replay = None, None, None  # `compile` sets the first two
+        self.padded_to, self.normals, self.replay = None, None, None  # `compile` sets the first two
         self.entries = None if args.snippets in snippet_rules else read_snippets(args.snippets)  # (M,) or (M, F)
         self.labels = None if args.labels in label_rules else read_snippets(args.labels, "--labels")  # (M,)
         vectors = self.entries is not None and self.entries.ndim == 2
@@ -139,7 +139,7 @@ class Generator:
             )
         bank = False if vectors else args.bank
         self.model, self.config, self.bank = load_model(args.checkpoint, args.weights, device, bank)
-        self.kinds = self.model.reads
+        self.reads = self.model.reads  # "label", "snippet" or both
         self._check_snippets()
         self._check_labels()
         self.interpolant = self.config["args"]["interpolant"]
@@ -163,7 +163,7 @@ class Generator:
 
     def _check_snippets(self) -> None:
         args, entries, dim = self.args, self.entries, self.model.config["snippet_dim"]
-        if "snippet" not in self.kinds and (args.bank or args.snippets != "noise"):
+        if "snippet" not in self.reads and (args.bank or args.snippets != "noise"):
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --snippets {args.snippets} and --bank")
         if entries is not None and entries.ndim == 2 and entries.shape[1] != dim:
@@ -179,7 +179,7 @@ class Generator:
 
     def _check_labels(self) -> None:
         labels, classes = self.labels, self.model.config["num_classes"]
-        if "label" not in self.kinds and self.args.labels != "random":
+        if "label" not in self.reads and self.args.labels != "random":
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --labels {self.args.labels}")
         if labels is not None and (labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes):
@@ -188,7 +188,7 @@ class Generator:
     def _load_guide(self) -> tuple[SiT | None, str | None]:
         """The network that predicts the weaker velocity and its hash: this one given the null, or another."""
         path, model = self.args.guide, self.model
-        null = model.null_dropout > 0 or (self.kinds == ("label",) and model.config["label_dropout"] > 0)
+        null = model.null_dropout > 0 or (self.reads == ("label",) and model.config["label_dropout"] > 0)
         if path == "null" and not null:
             raise ValueError(
                 f"--guide null: the checkpoint's condition {model.condition!r} was trained without a null; train with "
@@ -197,13 +197,12 @@ class Generator:
         if path in (None, "null"):
             return (model if path else None), None
         guide, config, _ = load_model(path, self.args.weights, self.device, bank=False)
-        kinds = guide.reads
         facts = [("latent shape", guide.latent_shape, model.latent_shape)]
         facts += [("interpolant", config["args"]["interpolant"], self.interpolant)]
-        facts += [("condition", kind, model.condition) for kind in kinds if kind not in self.kinds]
-        if "snippet" in kinds:
+        facts += [("condition", kind, model.condition) for kind in guide.reads if kind not in self.reads]
+        if "snippet" in guide.reads:
             facts += [("encoder", config["encoder"], self.config["encoder"])]
-        options = [{"snippet": "snippet_dim", "label": "num_classes"}[kind] for kind in kinds]
+        options = [{"snippet": "snippet_dim", "label": "num_classes"}[kind] for kind in guide.reads]
         facts += [(option, guide.config[option], model.config[option]) for option in options]
         for name, its, ours in facts:
             if its != ours:
@@ -236,8 +235,8 @@ class Generator:
             "condition": self.model.condition,
             "encoder": self.config["encoder"],
             "bank": bank and (hashes or {"checkpoint": self.config["checkpoint"]["sha256"]}),
-            "snippets": snippets if "snippet" in self.kinds else None,
-            "labels": labels if "label" in self.kinds else None,
+            "snippets": snippets if "snippet" in self.reads else None,
+            "labels": labels if "label" in self.reads else None,
             "evaluations": count_evaluations(args.sampler, args.steps),
             "last_step": args.last_step if args.sampler in sde_samplers else None,
             "interpolant": self.interpolant,
@@ -246,16 +245,16 @@ class Generator:
             "image_shape": self.image_shape,
         }
 
-    def conditions(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def labels_and_snippets(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What is read of "label" (B,) and "snippet" (B, F), for images (B,) that start from noise z (B, C, H, W)."""
         args, given = self.args, {}
-        if "label" in self.kinds:
+        if "label" in self.reads:
             if self.labels is None:
                 labels = label_rules[args.labels](args.seed, images, self.model.config["num_classes"])  # (B,)
             else:
                 labels = self.labels[images % len(self.labels)]  # (B,)
             given["label"] = labels.to(self.device)
-        if "snippet" in self.kinds:
+        if "snippet" in self.reads:
             if self.entries is None:
                 u = uniform(args.seed, images, SNIPPET_DRAW)  # (B,)
                 chosen = snippet_rules[args.snippets](self.bank, z, u)  # (B,)
@@ -271,7 +270,7 @@ class Generator:
         def evaluate(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return network.velocity(x.float(), network.t_embedder(t.float()) + condition)
 
-        if self.batch_size and not self.guide and self.device.type == "cuda":
+        if self.padded_to and not self.guide and self.device.type == "cuda":
             evaluate = self.replay = self.replay or Replay(evaluate, warm=2)
         return lambda x, t: evaluate(x, t, condition)
 
@@ -279,7 +278,7 @@ class Generator:
         """Latents float32 (B, C, H, W) of the images with these numbers (B,)."""
         args, numbers = self.args, images.to(self.device)
         z = noise(args.seed, numbers, 0, self.model.latent_shape, normals=self.normals)  # (B, C, H, W)
-        given = self.conditions(images, z)
+        given = self.labels_and_snippets(images, z)
         options = {}
         if args.sampler in sde_samplers:
             step = itertools.count(1)
@@ -306,7 +305,7 @@ class Generator:
             compile_blocks(network)
         if decoder:
             self.codec.compile_decoder()
-        self.normals, self.batch_size, self.replay = torch.compile(normals_of, dynamic=False), batch_size, None
+        self.normals, self.padded_to, self.replay = torch.compile(normals_of, dynamic=False), batch_size, None
         self.decode(self.latents(torch.arange(batch_size), steps=2))
 
     @torch.no_grad()
@@ -317,7 +316,7 @@ class Generator:
             ValueError: the latents are not finite.
         """
         count = len(images)
-        padded = images[torch.arange(self.batch_size or count).clamp(max=count - 1)]
+        padded = images[torch.arange(self.padded_to or count).clamp(max=count - 1)]
         latents = self.latents(padded, self.args.steps)  # (B, C, H, W)
         if not latents.isfinite().all():
             raise ValueError(
@@ -390,7 +389,7 @@ def complete(
     output.pack()
     rate = len(left) / (time.perf_counter() - start)
     run = {**provenance(argv, state.num_processes), **generator.sources, "batch_size": batch_size}
-    run |= {"compiled": generator.batch_size is not None, "peak_bytes": peak_memory()}
+    run |= {"compiled": generator.padded_to is not None, "peak_bytes": peak_memory()}
     output.finish(run | {"generated": len(left), "images_per_second": rate})
     print(f"{args.num_images} images in {args.out}; {len(left)} of them now, {rate:.2f} images/s")
 

@@ -153,6 +153,7 @@ def guided(
 
     def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
         inside = (low <= t) & (t <= high)  # (B,)
+        # Asked before `velocity` is queued on a GPU: asked after, the answer would wait for all of that evaluation.
         some = inside.any().to("cpu", non_blocking=True)  # right once `copied` has happened
         copied = torch.get_device_module(x.device).Event()
         copied.record()

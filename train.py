@@ -190,6 +190,8 @@ class Trainer:
         self.update = Update(self.network, args.lr, args.beta2, args.clip, args.ema_decay, args.warmup)
         self.ema, self.optimizer = self.update.average, self.update.optimizer
         self.loss = FlowMatchingLoss(interpolants[args.interpolant], args.align_coeff)
+        self.model, self.run_micro_step = self.network, self.micro_step  # until `prepare` wraps both
+        self.grid_codec, self.wandb = None, None  # of the main process: `check` and `run` load them
 
     @property
     def local_batch(self) -> int:

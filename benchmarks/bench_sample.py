@@ -132,7 +132,7 @@ def compare(fast: Generator, plain: Generator) -> dict:
     Raises:
         AssertionError: the velocity is further from float32 than bf16 autocast of the plain network by a quarter.
     """
-    images, batch = torch.arange(COMPARED), fast.batch_size or COMPARED
+    images, batch = torch.arange(COMPARED), fast.padded_to or COMPARED
     x = torch.randn(batch, *fast.model.latent_shape, device=fast.device, dtype=torch.float64)
     t = torch.linspace(0.04, 1, batch, device=fast.device, dtype=torch.float64)
     cond = fast.bank[torch.arange(batch) % len(fast.bank)].to(fast.device)

@@ -120,7 +120,7 @@ def test_the_coin_is_fair_and_its_own_stream():
     assert np.array_equal(coins[7], views_of_step(256, 2, 0, 7))
     assert not np.array_equal(coins[7], views_of_step(256, 2, 1, 7))
     assert not views_of_step(256, 1, 0, 7).any()
-    first = [dataset.generator(0, stream, 5).integers(2**63) for stream in (dataset.ROWS, dataset.VIEWS)]
+    first = [dataset.generator(0, stream, 5).integers(2**63) for stream in (dataset.ROW_STREAM, dataset.VIEW_STREAM)]
     assert first[0] != first[1]
 
 

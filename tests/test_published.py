@@ -353,7 +353,7 @@ def test_the_bank_inside_the_file_answers_the_noise(tmp_path, vae):
     z = noise(0, images, 0, (4, SIDE, SIDE), "cpu")
     u = torch.special.ndtr(z.double().mean((1, 2, 3)) * 16)
     rows = [min(int((np.cumsum(FREQ) / sum(FREQ) <= value.item()).sum()), 3) for value in u]
-    torch.testing.assert_close(generator.conditions(images, z)["snippet"], F.normalize(SNIPPETS[rows], dim=1))
+    torch.testing.assert_close(generator.labels_and_snippets(images, z)["snippet"], F.normalize(SNIPPETS[rows], dim=1))
 
 
 def test_published_networks_guide_and_initialise(tmp_path, vae):

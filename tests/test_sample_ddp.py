@@ -298,34 +298,36 @@ def test_snippet_choices(folder, tmp_path):
     bank = MemoryBank.load(folder / "bank")
     for rule in ("noise", "random"):
         made = generator(folder, "--snippets", rule)
-        snippets = made.conditions(images, z)["snippet"]
+        snippets = made.labels_and_snippets(images, z)["snippet"]
         drawn = torch.bincount(bank.nearest(snippets), minlength=len(FREQ)) / len(images)
         assert (drawn - share).abs().max() < 4 * 0.5 / 3000**0.5, rule
         assert (drawn[share == 0] == 0).all()
         some = torch.tensor([2000, 7])
-        assert torch.equal(made.conditions(some, z[some])["snippet"], snippets[some])
+        assert torch.equal(made.labels_and_snippets(some, z[some])["snippet"], snippets[some])
 
     (tmp_path / "rows.txt").write_text("4 0\n2\n")
     np.save(tmp_path / "rows.npy", np.array([4, 0, 2], dtype=np.int32))
     for name in ("rows.txt", "rows.npy"):
-        snippets = generator(folder, "--snippets", tmp_path / name).conditions(images[:5], z[:5])["snippet"]
+        snippets = generator(folder, "--snippets", tmp_path / name).labels_and_snippets(images[:5], z[:5])["snippet"]
         assert torch.equal(snippets, bank[[4, 0, 2, 4, 0]])
     vectors = np.random.default_rng(0).normal(size=(4, DIM))
     np.save(tmp_path / "vectors.npy", vectors)
-    snippets = generator(folder, "--snippets", tmp_path / "vectors.npy").conditions(images[:5], z[:5])["snippet"]
+    snippets = generator(folder, "--snippets", tmp_path / "vectors.npy").labels_and_snippets(images[:5], z[:5])[
+        "snippet"
+    ]
     np.testing.assert_allclose(snippets, vectors[[0, 1, 2, 3, 0]], rtol=1e-6)
 
 
 def test_label_choices(folder):
     images = torch.arange(3000)
     z = torch.zeros(3000, 1, SIZE, SIZE)
-    balanced = generator(folder, "--labels", "balanced", checkpoint="label.pt").conditions(images, z)["label"]
+    balanced = generator(folder, "--labels", "balanced", checkpoint="label.pt").labels_and_snippets(images, z)["label"]
     assert balanced[:6].tolist() == [0, 1, 2, 3, 4, 0]
-    drawn = generator(folder, checkpoint="label.pt").conditions(images, z)["label"]
+    drawn = generator(folder, checkpoint="label.pt").labels_and_snippets(images, z)["label"]
     counts = torch.bincount(drawn)
     assert len(counts) == CLASSES
     assert (counts - 600).abs().max() < 4 * (3000 * 0.2 * 0.8) ** 0.5
-    labels, snippets = generator(folder, checkpoint="label+snippet.pt").conditions(images[:4], z[:4]).values()
+    labels, snippets = generator(folder, checkpoint="label+snippet.pt").labels_and_snippets(images[:4], z[:4]).values()
     assert torch.equal(labels, drawn[:4])
     assert snippets.shape == (4, DIM)
 
@@ -333,7 +335,7 @@ def test_label_choices(folder):
 def test_labels_from_a_file(folder, tmp_path):
     np.save(tmp_path / "labels.npy", np.array([4, 0, 2]))
     made = generator(folder, "--labels", tmp_path / "labels.npy", checkpoint="label+snippet.pt")
-    labels = made.conditions(torch.arange(5), torch.zeros(5, 1, SIZE, SIZE))["label"]
+    labels = made.labels_and_snippets(torch.arange(5), torch.zeros(5, 1, SIZE, SIZE))["label"]
     assert labels.tolist() == [4, 0, 2, 4, 0]
     assert len(made.settings["labels"]) == 64  # the file's hash
     (tmp_path / "labels.txt").write_text(f"0 {CLASSES}")
