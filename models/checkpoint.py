@@ -43,7 +43,7 @@ FACTS = {  # that readers rely on, in the terms of `check_form`: (FORM, None) ma
 }
 REMEDY = "give the --out of train.py (which saves every --save-every steps) or of scripts.export, a file in one, or "
 REMEDY += "published weights, which `bash scripts/fetch.sh gmem` gets"
-LISTED = 8  # differences of a kind that a message lists
+LISTED = 8  # names, or differences of a kind, that a message lists
 
 
 def build_model(config: dict) -> SiT:
@@ -73,6 +73,10 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if (path / EXPORTED).is_file():
         return path / EXPORTED
     wanted = f"no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}"
+    if path.parent.name == "checkpoints" and (there := sorted(file.name for file in path.parent.glob("*.pt"))):
+        wanted += f" ({path.parent} has {', '.join(there[-LISTED:])})"
+    elif runs := sorted(folder.parent.name for folder in path.glob("*/checkpoints")):
+        wanted += f" (a folder of runs: name one of {', '.join(runs[:LISTED])})"
     raise ValueError(f"checkpoint {path}: {wanted}; {REMEDY}")
 
 

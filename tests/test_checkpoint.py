@@ -70,6 +70,16 @@ def test_a_run_gives_its_latest_state(saved):
             find_checkpoint(path.parent / name)
 
 
+def test_what_is_there_instead_of_a_checkpoint_is_named(saved):
+    path, checkpoint, _ = saved
+    torch.save(checkpoint, path.with_name("0000003.pt"))
+    with pytest.raises(ValueError, match=rf"\({path.parent} has 0000003\.pt, 0000007\.pt\); give the --out"):
+        find_checkpoint(path.with_name("0000005.pt"))
+    runs = path.parents[2]
+    with pytest.raises(ValueError, match=rf"checkpoint {runs}: .*\(a folder of runs: name one of run\); give"):
+        find_checkpoint(runs)
+
+
 def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
     path, checkpoint, _ = saved
     bank = checkpoint["bank"]["path"]
