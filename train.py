@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import sys
@@ -49,7 +48,7 @@ from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint, summary
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.replay import WARM_STEPS, Replay, take
-from models.sit import SiT_models, conditions
+from models.sit import Options, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
 from scripts.needs import describe, missing
@@ -59,6 +58,14 @@ TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 2
 HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
+# Options of SiT that are no --model-options because they follow from the data, and how the others are written.
+FROM_DATA = ("input_size", "in_channels", "condition", "snippet_dim", "num_classes", "align_dims")
+FORMS = {
+    float: (r"(?=.)(0|[1-9]\d*)?(\.\d+)?", "a number", float),
+    int: (r"0|[1-9]\d*", "a whole number", int),
+    bool: (r"true|false", "true or false", "true".__eq__),
+    str: (r"\w+", "a word", str),
+}
 TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
 
 
@@ -142,20 +149,20 @@ def model_options(pairs: list[str]) -> dict[str, object]:
     """Constructor arguments of SiT from NAME=VALUE pairs.
 
     Raises:
-        ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
+        ValueError: a pair that is none, a name that SiT does not have or that follows from the data, or a value of
+            another kind than the option's.
     """
-    dropouts, scales = ("snippet_dropout", "null_dropout", "label_dropout"), ("snippet_scale", "label_scale")
-    numbers = (*dropouts, *scales, "align_depth", "qk_norm")
+    kinds = {field.name: field.type for field in dataclasses.fields(Options) if field.name not in FROM_DATA}
     options = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if name == "snippet_dropout_at":
-            options[name] = value
-        elif name in numbers and re.fullmatch(r"true|false|(?=.)(0|[1-9]\d*)?(\.\d+)?", value):
-            options[name] = json.loads(value if value[0] != "." else f"0{value}")
-        else:
-            expected = f"a number, true or false, with one of {', '.join((*numbers, 'snippet_dropout_at'))}"
-            raise ValueError(f"--model-options {pair}: expected NAME=VALUE, {expected}")
+        if name not in kinds:
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with one of {', '.join(kinds)}")
+        form, expected, read = FORMS[kinds[name]]
+        if not re.fullmatch(form, value):
+            default = str(getattr(Options, name)).lower()
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with {expected}, as {name}={default}")
+        options[name] = read(value)
     return options
 
 

@@ -777,8 +777,13 @@ def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE"),
-        (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE"),
+        (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE with one of snippet_dropout, "),
+        (["--model-options", "num_classes=3"], "num_classes=3: expected NAME=VALUE with one of snippet_dropout, "),
+        (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE with true or false, as qk_norm=false"),
+        (["--model-options", "qk_norm=0.3"], "qk_norm=0.3: expected NAME=VALUE with true or false"),
+        (["--model-options", "align_depth=2.5"], "=2.5: expected NAME=VALUE with a whole number, as align_depth=8"),
+        (["--model-options", "snippet_scale=true"], "=true: expected NAME=VALUE with a number, as snippet_scale=1.0"),
+        (["--model-options", "snippet_scale="], "snippet_scale=: expected NAME=VALUE with a number"),
         (["--seed", "-1"], "--seed -1: expected at least 0"),
         (["--micro-batch", "0"], "--micro-batch 0: expected at least 1"),
         (["--align-encoder", "toy"], "not read without --align-coeff"),
@@ -794,6 +799,14 @@ def test_flags_that_cannot_work_are_refused(folder, words, message, capsys):
     with pytest.raises(SystemExit):
         train.main([*command(folder, folder / "never"), *words])
     assert message in capsys.readouterr().err
+
+
+def test_model_options_are_of_the_kinds_that_the_network_takes():
+    pairs = "snippet_scale=6", "null_dropout=.1", "align_depth=3", "qk_norm=true", "snippet_dropout_at=snippet"
+    options = train.model_options(pairs)
+    assert list(options.values()) == [6.0, 0.1, 3, True, "snippet"]
+    assert [type(value) for value in options.values()] == [float, float, int, bool, str]
+    assert train.model_options(["qk_norm=false"]) == {"qk_norm": False}
 
 
 def test_stores_that_lack_what_the_run_needs(folder):
