@@ -270,6 +270,16 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
 
 
+@pytest.mark.parametrize("name", ["demo.sh", "fashion-mnist.sh", "own-photos.sh"])
+def test_a_flag_where_a_folder_is_expected_shows_the_head(root, name, tmp_path):
+    """And makes no folder of that name."""
+    words = ["bash", root / "scripts" / name, "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    head = (root / "scripts" / name).read_text().split("\nset ")[0].split("\n", 1)[1]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()]
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (2, "", [])
+
+
 WRONG = ["train-gmem-xl SIZE=abc", "train-gmem-b BATCH=0", "train-sit-xl MICRO_BATCH=1e3", "encode-imagenet VIEWS=0"]
 WRONG += ["encode-imagenet KEEP_IMAGES=false", "sample-sit-xl NPROC=all", "evaluate NODES=two", "own-photos STEPS=1e5"]
 WRONG += ["own-photos RATE=0", "own-photos BATCH=08", "fashion-mnist K=1%"]
