@@ -262,6 +262,12 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
         assert "fetch.sh" not in said
     said = bash(root, environment, "evaluate.sh", tmp_path, "--quick", status=2, REF="ref.npz")
     assert said == f"{tmp_path} is no run of train.py: it has no config.json\n"
+    there, none = tmp_path, tmp_path / "no such"
+    for place, name in enumerate(("STORE", "BANK", "SAMPLES", "REF")):
+        paths = [none if place == number else there for number in range(4)]
+        said = bash(root, environment, "evaluate.sh", *paths, tmp_path / "page", status=2)
+        assert said == f"{name} {none} is not there: expected an existing path, absolute or from {root}\n"
+    assert not (tmp_path / "page").exists()
     assert "IMAGENET is not set: name the images" in bash(root, environment, "encode-imagenet.sh", status=2)
     assert "HEAD is not set: with NODES=2 it" in bash(root, environment, "train-sit-xl.sh", status=2, NODES=2)
     for recipe in ((), ("scripts/train-sit-xl.sh",)):  # none named; not by sbatch
@@ -300,6 +306,8 @@ def test_own_photos_stops_early_where_there_are_too_few(root, tmp_path):
     commands = programs(tmp_path / "bin", "/bin/sh", python='echo "$@" >>"$WORDS"')
     shell = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "VIRTUAL_ENV": "x", "NPROC": "1"}
     shell |= {"WORDS": str(tmp_path / "words"), "OUT": str(tmp_path)}
+    for made in ("bank", "samples/30000-steps"):  # which evaluate.sh looks for
+        (tmp_path / made).mkdir(parents=True)
     for images, held, status in ((9, 40, 2), (120, 3, 2), (120, 4, 0)):
         for name, rows in (("photos", images), ("photos-holdout", held)):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
