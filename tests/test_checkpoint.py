@@ -157,11 +157,11 @@ def test_init_takes_what_fits(saved):
         init_weights(torch.nn.Linear(2, 2), path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b'{"args": {}}', b"PK\x03\x04 half a zip"])
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "0000001.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as a torch"):
+    with pytest.raises(ValueError, match=r"cannot be read as a torch.*; give a run's folder or one of its checkp"):
         read_checkpoint(path)
 
 
