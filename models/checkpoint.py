@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from memory.bank import MemoryBank
 from memory.files import check_form, reading, sha256
-from models.published import convert, hub_file, read_file
+from models.published import MARKS, convert, hub_file, read_file
 from models.sit import SiT, SiT_models
 
 WEIGHTS = ("ema", "model")
@@ -243,6 +243,8 @@ def load_model(
     checkpoint = read_any(path)
     if weights not in checkpoint:
         raise ValueError(f"checkpoint {path} is a snapshot without {weights!r} weights: use --weights ema")
+    if checkpoint.get("format") in MARKS.values():
+        raise ValueError(f"checkpoint {path} is, by its tensors, {checkpoint['format']}")
     with reading(f"checkpoint {path}, its model_config"), torch.device("meta"):  # drawing weights would take longer
         model = build_model(checkpoint["model_config"])
     for key, form in FACTS.items():
