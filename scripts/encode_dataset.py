@@ -100,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.image_size < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error("--image-size and --batch-size must be at least 1, --workers at least 0")
     if not 0 <= args.holdout < 1:
-        parser.error(f"--holdout is {args.holdout}, expected a fraction from 0 up to, but not, 1")
+        parser.error(f"--holdout {args.holdout:g}: expected a fraction of at least 0 and below 1, as 0.05")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
         args.workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

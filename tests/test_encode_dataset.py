@@ -611,7 +611,8 @@ def test_reserved_files_have_their_blocks(tmp_path):
         (("--add", TINY, "--upright", "--precision", "fp32"), "leave out --upright, --precision"),
         (("--codec", "pixels", "--patches"), "need --encoder"),
         (("--codec", "pixels", "--batch-size", "0"), "must be at least 1"),
-        (("--codec", "pixels", "--holdout", "1"), "--holdout is 1.0, expected a fraction"),
+        (("--codec", "pixels", "--holdout", "1"), "--holdout 1: expected a fraction of at least 0 and"),
+        (("--codec", "pixels", "--holdout", "-0.1"), "-0.1: expected a fraction of at least 0 and below 1, as 0.05"),
     ],
 )
 def test_bad_flags_are_refused(folder, tmp_path, capsys, flags, message):
