@@ -57,7 +57,8 @@ class Pairs:
         """Raise ValueError unless a store has the labels, the features and the codec of this run."""
         check_codec(meta["codec"], self.codec, f"the store {self.args.store}")
         if self.with_labels and not meta.get("num_classes"):
-            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels")
+            remedy = "encode images in one folder per class, or choose another --condition"
+            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels; {remedy}")
         if not self.with_snippets:
             return
         features = meta["encoders"].get(self.encoder)

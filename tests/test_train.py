@@ -814,7 +814,8 @@ def test_stores_that_lack_what_the_run_needs(folder):
     meta = json.loads((bare / "meta.json").read_text())
     words = command(folder, folder / "never", "--holdout", bare)
     write_json(bare / "meta.json", meta | {"num_classes": None})
-    with pytest.raises(ValueError, match="bare has no labels"):
+    remedy = "encode images in one folder per class, or choose another --condition"
+    with pytest.raises(ValueError, match=rf"^--condition label\+snippet: the store .*bare has no labels; {remedy}$"):
         train.main([*words, "--condition", "label+snippet"])
     write_json(bare / "meta.json", meta | {"encoders": {}})
     adding = rf"`python -m scripts.encode_dataset SOURCE --out {bare} --add toy`"
