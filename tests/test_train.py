@@ -761,7 +761,11 @@ def test_replayed_inputs_keep_their_structure():
     [
         (["--store", "nowhere"], "--store: nowhere/meta.json does not exist; `python -m scripts.enc"),
         (["--batch-size", "9", "--micro-batch", "4"], "does not divide the 9 images of a process; 3 does"),
-        (["--align-coeff", "0.5"], "needs patch tokens"),
+        (["--align-coeff", "0.5"], "needs patch tokens: .* for no encoder and no --align-encoder is named; encode"),
+        (
+            ["--align-coeff", "0.5", "--align-encoder", "toy"],
+            "^--align-encoder toy: the store .*store has no images: encode it with --keep-images, or leave out --al",
+        ),
         (["--encoder", "other"], "made by encoder toy"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist; give the --out of train.py"),
         (["--align-coeff", "1", "--align-encoder-weights", "no.pt"], "weights: no.pt does not exist; give a file"),
