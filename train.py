@@ -130,7 +130,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value} is not read without --align-coeff (REPA: 0.5)")
     with_snippets = "snippet" in conditions[args.condition].reads
     if with_snippets and args.snippet_from == "nearest" and not args.bank:
-        parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
+        made = f"`python -m memory.build_bank --store {args.store} --out banks/NAME` makes one"
+        parser.error(f"--bank is missing: {made}; --condition none trains without")
     if args.bank and not with_snippets:
         parser.error(f"--condition {args.condition} does not read --bank {args.bank}: leave it out")
     try:

@@ -805,6 +805,16 @@ def test_flags_that_cannot_work_are_refused(folder, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_bank_is_called_so(folder, capsys):
+    """In the user's words: neither --condition nor --snippet-from need have been typed."""
+    words = command(folder, folder / "never")
+    del words[2:4]
+    with pytest.raises(SystemExit):
+        train.parse(words)
+    made = f"`python -m memory.build_bank --store {folder / 'store'} --out banks/NAME` makes one"
+    assert f"--bank is missing: {made}; --condition none trains without\n" in capsys.readouterr().err
+
+
 def test_model_options_are_of_the_kinds_that_the_network_takes():
     pairs = "snippet_scale=6", "null_dropout=.1", "align_depth=3", "qk_norm=true", "snippet_dropout_at=snippet"
     options = train.model_options(pairs)
