@@ -115,6 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay as CUDA graphs; on with a GPU")
     add("--dry-run", action="store_true", help="only print configuration, parameters, memory, disk, missing files")
+    if "--resume" in (sys.argv if argv is None else argv):  # which other projects have
+        parser.error("--resume is not needed: the same command continues")
     args = parser.parse_args(argv)
 
     positive = "steps batch_size micro_batch log_every save_every keep"

@@ -781,6 +781,7 @@ def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--resume", "runs/0000003.pt"], "error: --resume is not needed: the same command continues"),
         (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE with one of snippet_dropout, "),
         (["--model-options", "num_classes=3"], "num_classes=3: expected NAME=VALUE with one of snippet_dropout, "),
         (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE with true or false, as qk_norm=false"),
