@@ -17,6 +17,7 @@ dictionary by `models/published.py`; what their files do not say is None. A bank
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -182,7 +183,8 @@ def init_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
 
 
 def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None:
-    """The bank that a checkpoint holds or names, or `bank` in its place if it can serve this network.
+    """The bank that a checkpoint holds or names, or `bank` in its place if it can serve this network; with a warning if
+    that stands for other images than the network was trained on, which may be meant.
 
     Raises:
         ValueError: no bank is named, it is not where it was, it changed, or its dimension or encoder is another.
@@ -212,6 +214,12 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
     encoder = loaded.meta.get("encoder")
     if encoder and config["encoder"] and encoder != config["encoder"]:
         raise ValueError(f"--bank {bank} was made by encoder {encoder!r}; the checkpoint's is {config['encoder']!r}")
+    made_from, trained_on = loaded.meta.get("store_fingerprint"), (config["store"] or {}).get("fingerprint")
+    if made_from and trained_on and made_from != trained_on:
+        stores = f"{loaded.meta.get('store')}, than the checkpoint was trained on, {config['store'].get('path')}"
+        warnings.warn(
+            f"--bank {bank} was built from another store, {stores}: its snippets are of other images", stacklevel=2
+        )
     return loaded
 
 

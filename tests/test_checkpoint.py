@@ -113,6 +113,23 @@ def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
         load_model(path)
 
 
+def test_a_bank_of_another_store_is_warned_of(saved, tmp_path, recwarn):
+    """Not the checkpoint's own, and not one, or a checkpoint, that says nothing of its store."""
+    path, checkpoint, _ = saved
+    other = tmp_path / "other" / "bank.pth"
+    for meta in ({}, {"store_fingerprint": "f", "store": "data/toy"}):
+        MemoryBank(torch.randn(5, 12), [1] * 5, meta=meta).save(other)
+        load_model(path, bank=other)
+    MemoryBank(torch.randn(5, 12), [1] * 5, meta={"store_fingerprint": "g", "store": "data/new"}).save(other)
+    change(path, checkpoint, store=None)
+    load_model(path, bank=other)
+    assert not recwarn.list
+    change(path, checkpoint)
+    stores = "data/new, than the checkpoint was trained on, data/toy"
+    with pytest.warns(UserWarning, match=f"--bank {other} was built from another store, {stores}: its snippets are of"):
+        load_model(path, bank=other)
+
+
 def test_weights_of_another_network_are_listed(saved):
     path, checkpoint, model = saved
     state = {**model.state_dict(), "extra": torch.zeros(2)}
