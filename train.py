@@ -51,7 +51,7 @@ from models.replay import WARM_STEPS, Replay, take
 from models.sit import Options, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
-from scripts.needs import describe, missing
+from scripts.needs import describe, extent, missing
 from scripts.stop import StopSignal, leave_signals_alone
 
 TIME_BINS = 10  # of the held-out loss
@@ -516,6 +516,8 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             trainer.folder.note(trainer.step, provenance(argv, accelerator.num_processes))
             trainer.folder.rewind_log(trainer.step)
+        told = extent(args, trainer.network, accelerator.num_processes, trainer.facts)
+        accelerator.print("; ".join(f"{name} {words}" for name, words in told.items()))
         trainer.prepare()
         less = f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"
         with fitting(f"{less}; if it lasted for {WARM_STEPS} steps, --no-compile, because recording one takes more"):

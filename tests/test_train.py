@@ -172,6 +172,21 @@ def test_six_steps_equal_three_and_three(folder, whole):
     assert all(part["code"] and part["versions"] and part["device"] for part in runs)
 
 
+def test_a_run_and_its_continuation_begin_by_saying_what_they_train(folder, capsys):
+    """As --dry-run says it, of the run as a whole."""
+    batch = "8 = 1 processes × 4 micro-batches × 2 images"
+    told = f"images 24, that is 0.6 epochs of the store's {IMAGES}; batch {batch}\n"
+    for steps in (2, 3):
+        words = command(folder, folder / "told", "--steps", steps, "--save-every", 2, "--micro-batch", 2)
+        if steps == 3:
+            train.main([*words, "--dry-run"])
+            assert f"\nbatch             {batch}\n" in capsys.readouterr().out
+        train.main(words)
+        said = capsys.readouterr().out
+        assert re.search(rf"^(continuing.*\n)?parameters [\d,]+; images {8 * steps}, that is ", said)
+    assert told in said
+
+
 def test_a_killed_run_repeats_its_lost_steps(folder, whole):
     train.main(command(folder, folder / "killed", "--steps", 5))
     out = folder / "killed"
