@@ -65,6 +65,9 @@ def read_meta(store: str | os.PathLike) -> dict:
         meta = read_json(path / META)
     elif (path / "latents.npy").is_file():
         meta = {"complete": False}
+    elif any(path.glob("[!.]*")):  # a folder of images, most likely
+        remedy = f"`python -m scripts.encode_dataset {path} --out data/NAME …` makes a store of the images in it"
+        raise ValueError(f"{path} is a folder, but no store: it has no {META}; {remedy}")
     else:
         raise ValueError(f"no store at {path}: `python -m scripts.encode_dataset SOURCE --out {path} …` makes one")
     if isinstance(meta.get("format"), int) and meta["format"] > FORMAT:

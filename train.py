@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import sys
@@ -49,16 +48,24 @@ from models.autoencoder import check_codec, load_codec, to_uint8
 from models.checkpoint import init_weights, load_state, read_checkpoint, summary
 from models.kernels import compile_blocks, compile_by_default, default_precision, fast_attention, fitting
 from models.replay import WARM_STEPS, Replay, take
-from models.sit import SiT_models, conditions
+from models.sit import Options, SiT_models, conditions
 from models.update import Update
 from samplers import euler_sampler, noise
-from scripts.needs import describe, missing
+from scripts.needs import describe, extent, missing
 from scripts.stop import StopSignal, leave_signals_alone
 
 TIME_BINS = 10  # of the held-out loss
 HOLDOUT_IMAGES = 2_000  # at most, in one held-out evaluation
 GRID_IMAGES, GRID_STEPS, GRID_AT_ONCE = 64, 50, 2
 HOLDOUT_STREAM, DROPOUT_STREAM = 1, 2  # keep the seeds of these draws apart from a step's
+# Options of SiT that are no --model-options because they follow from the data, and how the others are written.
+FROM_DATA = ("input_size", "in_channels", "condition", "snippet_dim", "num_classes", "align_dims")
+FORMS = {
+    float: (r"(?=.)(0|[1-9]\d*)?(\.\d+)?", "a number", float),
+    int: (r"0|[1-9]\d*", "a whole number", int),
+    bool: (r"true|false", "true or false", "true".__eq__),
+    str: (r"\w+", "a word", str),
+}
 TIMEOUT = timedelta(hours=2)  # the others wait while one process writes a checkpoint to slow storage
 
 
@@ -108,6 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-activations", action="store_true", help="compute them twice: less memory, a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile and replay as CUDA graphs; on with a GPU")
     add("--dry-run", action="store_true", help="only print configuration, parameters, memory, disk, missing files")
+    if "--resume" in (sys.argv if argv is None else argv):  # which other projects have
+        parser.error("--resume is not needed: the same command continues")
     args = parser.parse_args(argv)
 
     positive = "steps batch_size micro_batch log_every save_every keep"
@@ -123,7 +132,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value} is not read without --align-coeff (REPA: 0.5)")
     with_snippets = "snippet" in conditions[args.condition].reads
     if with_snippets and args.snippet_from == "nearest" and not args.bank:
-        parser.error(f"--condition {args.condition} with --snippet-from nearest needs --bank")
+        made = f"`python -m memory.build_bank --store {args.store} --out banks/NAME` makes one"
+        parser.error(f"--bank is missing: {made}; --condition none trains without")
     if args.bank and not with_snippets:
         parser.error(f"--condition {args.condition} does not read --bank {args.bank}: leave it out")
     try:
@@ -142,20 +152,20 @@ def model_options(pairs: list[str]) -> dict[str, object]:
     """Constructor arguments of SiT from NAME=VALUE pairs.
 
     Raises:
-        ValueError: a pair that is none, or a name that SiT does not have or that follows from the data.
+        ValueError: a pair that is none, a name that SiT does not have or that follows from the data, or a value of
+            another kind than the option's.
     """
-    dropouts, scales = ("snippet_dropout", "null_dropout", "label_dropout"), ("snippet_scale", "label_scale")
-    numbers = (*dropouts, *scales, "align_depth", "qk_norm")
+    kinds = {field.name: field.type for field in dataclasses.fields(Options) if field.name not in FROM_DATA}
     options = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if name == "snippet_dropout_at":
-            options[name] = value
-        elif name in numbers and re.fullmatch(r"true|false|(?=.)(0|[1-9]\d*)?(\.\d+)?", value):
-            options[name] = json.loads(value if value[0] != "." else f"0{value}")
-        else:
-            expected = f"a number, true or false, with one of {', '.join((*numbers, 'snippet_dropout_at'))}"
-            raise ValueError(f"--model-options {pair}: expected NAME=VALUE, {expected}")
+        if name not in kinds:
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with one of {', '.join(kinds)}")
+        form, expected, read = FORMS[kinds[name]]
+        if not re.fullmatch(form, value):
+            default = str(getattr(Options, name)).lower()
+            raise ValueError(f"--model-options {pair}: expected NAME=VALUE with {expected}, as {name}={default}")
+        options[name] = read(value)
     return options
 
 
@@ -508,6 +518,8 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             trainer.folder.note(trainer.step, provenance(argv, accelerator.num_processes))
             trainer.folder.rewind_log(trainer.step)
+        told = extent(args, trainer.network, accelerator.num_processes, trainer.facts)
+        accelerator.print("; ".join(f"{name} {words}" for name, words in told.items()))
         trainer.prepare()
         less = f"try --micro-batch {max(1, trainer.micro_batch // 2)}, or --checkpoint-activations"
         with fitting(f"{less}; if it lasted for {WARM_STEPS} steps, --no-compile, because recording one takes more"):

@@ -50,7 +50,8 @@ class MemoryBank:
         self.path = None if path is None else Path(path)
         name, freq_name = ("snippets", "freq") if path is None else (str(path), str(self.path.with_suffix(".freq")))
         if not isinstance(snippets, torch.Tensor) or snippets.ndim != 2 or not snippets.is_floating_point():
-            raise ValueError(f"{name}: expected one float tensor (K, F), got {_describe(snippets)}")
+            remedy = "" if path is None else "; pass the bank's folder, or its bank.pth"
+            raise ValueError(f"{name}: expected one float tensor (K, F), got {_describe(snippets)}{remedy}")
         freq = _frequencies(freq, len(snippets), freq_name, name)
         _check_assignment(assignment, len(snippets), name)
         self.snippets = snippets.detach().float()  # (K, F)

@@ -52,6 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--passes {args.passes}: expected 0 or more")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: expected 0 or more")
+    if args.out.resolve() == args.store:
+        parser.error(f"--out {args.out} is the folder of the store: expected one of the bank's own, as banks/NAME")
     if args.k == "all":
         args.k, args.passes = None, 0
     elif args.k.isdecimal() and int(args.k) > 0:

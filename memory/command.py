@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
 RAISE = dis.opmap["RAISE_VARARGS"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 KEPT = 2**31 - 1  # bytes at the end of the heap, the most that mallopt takes
+PYTHON_WARNING = warnings.formatwarning
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
 
 
@@ -33,6 +35,7 @@ def execute(main: Callable[[], object]) -> None:
     while they wait. An error of one of them alone names that process. The launcher's own report repeats the line.
     """
     keep_freed_memory()
+    warnings.formatwarning = plain_warning
     try:
         main()
     except KeyboardInterrupt:
@@ -48,6 +51,13 @@ def execute(main: Callable[[], object]) -> None:
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
         sys.exit(REFUSED)
+
+
+def plain_warning(message: Warning | str, category: type[Warning], file: str, *place: object) -> str:
+    """A warning of ours as a line to the user, without its place in the code; another's as Python writes it."""
+    if category is UserWarning and ours(file):
+        return f"warning: {message}\n"
+    return PYTHON_WARNING(message, category, file, *place)
 
 
 def keep_freed_memory() -> None:
@@ -82,6 +92,10 @@ def named(error: BaseException) -> bool:
     while last.tb_next:
         last = last.tb_next
     code = last.tb_frame.f_code
-    file = Path(code.co_filename).resolve()  # ROOT is without links, too
-    ours = file.is_relative_to(ROOT) and "lib" not in file.relative_to(ROOT).parts  # nor an environment's libraries
-    return ours and code.co_code[last.tb_lasti] == RAISE
+    return ours(code.co_filename) and code.co_code[last.tb_lasti] == RAISE
+
+
+def ours(file: str) -> bool:
+    """Whether code is this project's, and not of a library in an environment inside of it."""
+    path = Path(file).resolve()  # ROOT is without links, too
+    return path.is_relative_to(ROOT) and "lib" not in path.relative_to(ROOT).parts

@@ -46,16 +46,19 @@ class Output:
         Raises:
             ValueError: it holds other images, or more of them, or the disk is too small.
         """
-        old, done = None, np.zeros(self.num_images, np.uint8)
-        if self.json.exists():
-            old = read_json(self.json, num_images=int, complete=bool, settings=dict)
+        old = read_json(self.json, num_images=int, complete=bool, settings=dict) if self.json.exists() else None
+        if old:
             self._check_same(old)
-            marks = self._kept(old)
-            done[: len(marks)] = marks[: self.num_images]
         elif self.archive.exists() or any(self.folder.glob("*.png")):
             raise ValueError(
                 f"--out {self.folder} holds images but no samples.json to say which; choose another folder"
             )
+        if added := self.num_images - (old["num_images"] if old else 0):
+            self._check_disk(added)  # before a mark for each image is allocated
+        done = np.zeros(self.num_images, np.uint8)
+        if old:
+            marks = self._kept(old)
+            done[: len(marks)] = marks[: self.num_images]
         left = np.flatnonzero(done == 0)
         if old and old["complete"] and not len(left):
             self._tidy()

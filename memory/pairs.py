@@ -57,7 +57,8 @@ class Pairs:
         """Raise ValueError unless a store has the labels, the features and the codec of this run."""
         check_codec(meta["codec"], self.codec, f"the store {self.args.store}")
         if self.with_labels and not meta.get("num_classes"):
-            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels")
+            remedy = "encode images in one folder per class, or choose another --condition"
+            raise ValueError(f"--condition {self.args.condition}: the store {store} has no labels; {remedy}")
         if not self.with_snippets:
             return
         features = meta["encoders"].get(self.encoder)
@@ -120,10 +121,13 @@ class Pairs:
         if name and self.meta.get("has_images"):
             place = {"device": self.device, "dtype": torch.bfloat16 if self.args.precision == "bf16" else torch.float32}
             return None, load_encoder(name, weights=self.args.align_encoder_weights, **place)
+        if name:
+            remedy = "encode it with --keep-images, or leave out --align-coeff"
+            raise ValueError(f"--align-encoder {name}: the store {self.args.store} has no images: {remedy}")
         raise ValueError(
             f"--align-coeff {self.args.align_coeff} needs patch tokens: the store {self.args.store} holds them for "
-            f"{', '.join(stored) or 'no encoder'} and --align-encoder is {name}; encode the dataset with --patches, or "
-            "with --keep-images and name --align-encoder"
+            f"{', '.join(stored) or 'no encoder'} and no --align-encoder is named; encode the dataset with --patches, "
+            "or with --keep-images and name --align-encoder"
         )
 
     def _open(self, store: str | Path, **options) -> LatentDataset:

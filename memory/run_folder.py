@@ -1,6 +1,7 @@
 """The folder of a training run: its settings, its log and its checkpoints, and whether a command is of the same run."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -46,8 +47,9 @@ class RunFolder:
         with reading(self.path):
             there["args"] = ADDED_LATER | there["args"]
             lines = [
-                f"{key.replace('_', '-')}: the run has {(there[part] or {}).get(key)}, this command {value}"
-                for part in settings
+                f"{label}{key.replace('_', '-')}: the run has {short((there[part] or {}).get(key))}, "
+                f"this command {short(value)}"
+                for part, label in (("args", ""), ("store", "store "), ("bank", "bank "))
                 for key, value in settings[part].items()
                 if key not in FREE and (there[part] or {}).get(key) != value
             ]
@@ -86,3 +88,8 @@ class RunFolder:
         """Remove all full states but the last `--keep`."""
         for path in self.checkpoints[: -self.args["keep"]]:
             path.unlink()
+
+
+def short(value: object) -> object:
+    """A value for a message: of a hash the first 12 digits, which tell it."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value

@@ -17,6 +17,7 @@ dictionary by `models/published.py`; what their files do not say is None. A bank
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from memory.bank import MemoryBank
 from memory.files import check_form, reading, sha256
-from models.published import convert, hub_file, read_file
+from models.published import MARKS, convert, hub_file, read_file
 from models.sit import SiT, SiT_models
 
 WEIGHTS = ("ema", "model")
@@ -43,7 +44,7 @@ FACTS = {  # that readers rely on, in the terms of `check_form`: (FORM, None) ma
 }
 REMEDY = "give the --out of train.py (which saves every --save-every steps) or of scripts.export, a file in one, or "
 REMEDY += "published weights, which `bash scripts/fetch.sh gmem` gets"
-LISTED = 8  # differences of a kind that a message lists
+LISTED = 8  # names, or differences of a kind, that a message lists
 
 
 def build_model(config: dict) -> SiT:
@@ -73,6 +74,10 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if (path / EXPORTED).is_file():
         return path / EXPORTED
     wanted = f"no such file, nor a folder with checkpoints/0000000.pt files or {EXPORTED}"
+    if path.parent.name == "checkpoints" and (there := sorted(file.name for file in path.parent.glob("*.pt"))):
+        wanted += f" ({path.parent} has {', '.join(there[-LISTED:])})"
+    elif runs := sorted(folder.parent.name for folder in path.glob("*/checkpoints")):
+        wanted += f" (a folder of runs: name one of {', '.join(runs[:LISTED])})"
     raise ValueError(f"checkpoint {path}: {wanted}; {REMEDY}")
 
 
@@ -178,7 +183,8 @@ def init_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
 
 
 def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None:
-    """The bank that a checkpoint holds or names, or `bank` in its place if it can serve this network.
+    """The bank that a checkpoint holds or names, or `bank` in its place if it can serve this network; with a warning if
+    that stands for other images than the network was trained on, which may be meant.
 
     Raises:
         ValueError: no bank is named, it is not where it was, it changed, or its dimension or encoder is another.
@@ -208,6 +214,12 @@ def load_bank(config: dict, bank: str | os.PathLike | None) -> MemoryBank | None
     encoder = loaded.meta.get("encoder")
     if encoder and config["encoder"] and encoder != config["encoder"]:
         raise ValueError(f"--bank {bank} was made by encoder {encoder!r}; the checkpoint's is {config['encoder']!r}")
+    made_from, trained_on = loaded.meta.get("store_fingerprint"), (config["store"] or {}).get("fingerprint")
+    if made_from and trained_on and made_from != trained_on:
+        stores = f"{loaded.meta.get('store')}, than the checkpoint was trained on, {config['store'].get('path')}"
+        warnings.warn(
+            f"--bank {bank} was built from another store, {stores}: its snippets are of other images", stacklevel=2
+        )
     return loaded
 
 
@@ -239,6 +251,8 @@ def load_model(
     checkpoint = read_any(path)
     if weights not in checkpoint:
         raise ValueError(f"checkpoint {path} is a snapshot without {weights!r} weights: use --weights ema")
+    if checkpoint.get("format") in MARKS.values():
+        raise ValueError(f"checkpoint {path} is, by its tensors, {checkpoint['format']}")
     with reading(f"checkpoint {path}, its model_config"), torch.device("meta"):  # drawing weights would take longer
         model = build_model(checkpoint["model_config"])
     for key, form in FACTS.items():

@@ -89,7 +89,7 @@ def read_file(path: Path, allowed: Sequence[object] = ALLOWED) -> object:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = why_unreadable(error)
+        reason = f"{why_unreadable(error)}; give a run's folder or one of its checkpoints/*.pt"
         raise ValueError(f"checkpoint {path} cannot be read as a torch.save file of plain values: {reason}") from error
 
 

@@ -6,6 +6,10 @@
 #   STEPS=3000 bash scripts/demo.sh   trains longer; SOURCE, K and IMAGES change the data, the bank and the samples, SHIPPED
 #                                     (64) the number of images of the model in assets/
 set -euo pipefail
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
 work=${1:-demo}
 case $work in /*) ;; *) work=$PWD/$work ;; esac
 source "$(dirname "$0")/setup.sh"

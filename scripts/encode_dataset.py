@@ -100,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.image_size < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error("--image-size and --batch-size must be at least 1, --workers at least 0")
     if not 0 <= args.holdout < 1:
-        parser.error(f"--holdout is {args.holdout}, expected a fraction from 0 up to, but not, 1")
+        parser.error(f"--holdout {args.holdout:g}: expected a fraction of at least 0 and below 1, as 0.05")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
         args.workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -231,13 +231,20 @@ def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
     pending = [job for job, progress in zip(jobs, begun, strict=True) if progress]
     classes = "no labels" if source.labels is None else f"{source.labels.max() + 1} classes"
     print(f"{source.path}: {len(source.names):,} images, {classes}")
-    if turned := count_turned(source):
+    sides, turned = look(source)
+    if turned:
         print(
             f"note: EXIF turns {turned} of {LOOKED_AT} images looked at, which ADM ignores; add --upright to turn them"
         )
     if not pending:
         print("the store is complete: nothing to do")
         return begun
+    size = pending[0].meta["image_size"]
+    width, height = max(sides, key=max, default=(size, size))
+    if 2 * max(width, height) < size and not pending[0].extends:  # --add takes the size that there is
+        fits = -(-max(width, height) // 8) * 8
+        enlarged = f"images are {width}×{height} and are enlarged to --image-size {size}"
+        print(f"warning: {enlarged}; --image-size {fits} would be cheaper")
     sizes = {job.path / file: size for job in pending for file, size in job.sizes().items()}
     for path, size in sizes.items():
         print(f"  {path}: {size / 1e9:.3f} GB")
@@ -260,13 +267,16 @@ def prepare(jobs: list[Job], source: Source) -> list[Progress | None]:
     return begun
 
 
-def count_turned(source: Source) -> int:
-    """How many of LOOKED_AT images, evenly spread, would be turned or mirrored by their EXIF orientation."""
-    turned = 0
+def look(source: Source) -> tuple[list[tuple[int, int]], int]:
+    """Width and height of LOOKED_AT images, evenly spread, and how many of them their EXIF orientation would turn or
+    mirror."""
+    sides, turned = [], 0
     for index in np.linspace(0, len(source.names) - 1, LOOKED_AT).astype(int):
         with contextlib.suppress(*UNREADABLE):  # they are reported when they are encoded
-            turned += source.image(index).getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    return turned
+            image = source.image(index)
+            sides.append(image.size)
+            turned += image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return sides, turned
 
 
 class Blocks(Dataset):

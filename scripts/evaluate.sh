@@ -68,6 +68,9 @@ elif [ $# -lt 5 ]; then
     exit 2
 fi
 store=$1 bank=$2 samples=$3 reference=$4 out=$5
+for argument in "STORE $store" "BANK $bank" "SAMPLES $samples" "REF $reference"; do
+    [ -e "${argument#* }" ] || wrong "$argument is not there: expected an existing path, absolute or from $PWD"
+done
 mkdir -p "$out"
 launch -m evaluations.controls "$reference" "$samples" --store "$store" --bank "$bank" --out "$out/controls.json" "${@:6}"
 launch -m evaluations.copies --store "$store" --samples "$samples" --out "$out" ${AUDIT:+--encoder "$AUDIT"}

@@ -13,7 +13,7 @@
 # Expected  OUT/card.md with lines like those of assets/gmem-fashion-mnist/README.md, where FD to held-out images is 0.41;
 #           they are of one run, and how far runs differ was not measured
 set -euo pipefail
-if [ $# -lt 1 ]; then
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
 fi

@@ -24,25 +24,35 @@ def missing(args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def extent(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> dict[str, str]:
+    """Parameters, images and batch of a whole run, in words."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    images, local = args.steps * args.batch_size, args.batch_size // processes
+    micro = args.micro_batch or local
+    epochs = ""
+    if "store" in facts:
+        stored = facts["store"]["num_images"]
+        epochs = f", that is {images / stored:,.1f} epochs of the store's {stored:,}"
+    return {
+        "parameters": f"{count:,}",
+        "images": f"{images:,}{epochs}",
+        "batch": f"{args.batch_size} = {processes} processes × {local // micro} micro-batches × {micro} images",
+    }
+
+
 def describe(args: argparse.Namespace, network: SiT, processes: int, facts: dict) -> str:
     """The configuration with its parameters, memory and disk, for --dry-run."""
     count = sum(parameter.numel() for parameter in network.parameters())
     depth, (_, tokens, width) = len(network.blocks), network.pos_embed.shape
-    local = args.batch_size // processes
-    micro = args.micro_batch or local
-    parts = local // micro
+    micro = args.micro_batch or args.batch_size // processes
     # In bytes of bf16 training, within 3% of what four presets took (benchmarks/results/train-memory.json): 41 a block,
     # 20 around them, and bf16 copies of the weights until the backward pass; checkpointed, 6 a block, one block whole.
     kept = (6 * depth + 41 if args.checkpoint_activations else 41 * depth) + 20
     activations = kept * tokens * width * micro
     bytes_a_weight = 20 if args.checkpoint_activations else 22
-    images = args.steps * args.batch_size
-    epochs = f", that is {images / facts['store']['num_images']:,.1f} epochs" if "store" in facts else ""
     lines = [
         json.dumps({**vars(args), **facts, "model_config": network.config}, indent=2),
-        f"parameters        {count:,}",
-        f"images            {images:,}{epochs}",
-        f"batch             {args.batch_size} = {processes} processes × {parts} micro-batches × {micro} images",
+        *(f"{name:<17} {words}" for name, words in extent(args, network, processes, facts).items()),
         f"memory a process  {bytes_a_weight * count / 1e9:.2f} GB (weights, gradients, two moments, EMA) + about "
         f"{activations / 1e9:.2f} GB of activations (estimate)",
         f"disk              {16 * count / 1e9:.2f} GB a checkpoint, {args.keep + 1} at a time; "

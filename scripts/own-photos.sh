@@ -19,7 +19,7 @@
 #           for 6 · 23.0 billion operations an image (SiT's paper)
 # Expected  OUT/samples/*/preview.png, OUT/evaluation/*/card.md; no quality is stated, because your images decide it
 set -euo pipefail
-if [ $# -lt 1 ]; then
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
 fi

@@ -201,7 +201,7 @@ NAN[1, 2], ZERO[2] = float("nan"), 0.0
         (ZERO, [1, 1, 1], None, r"bank.pth: .*\(rows 2\)"),
         (SNIPPETS[0], [1, 1, 1, 1], None, r"bank.pth: expected one float tensor \(K, F\), got .*\(4,\)"),
         (SNIPPETS.long(), [1, 1, 1], None, r"bank.pth: expected one float tensor"),
-        ({"network": {}, "memorybank": SNIPPETS}, [1, 1, 1], None, r"bank.pth: expected one float tensor .*got dict"),
+        ({"network": {}, "memorybank": SNIPPETS}, [1, 1, 1], None, r"bank.pth: expected one float tensor .*dict; pass"),
         (SNIPPETS, [1, 1, 1], torch.tensor([[3]]), r"assignment of .*bank.pth: rows 3 to 3 of a bank of 3"),
         (SNIPPETS, [1, 1, 1], torch.tensor([[0], [3]]), r"assignment of .*bank.pth: rows 0 to 3 of a bank of 3"),
         (SNIPPETS, [1, 1, 1], torch.tensor([[-1], [2]]), r"assignment of .*bank.pth: rows -1 to 2 of a bank of 3"),
@@ -215,6 +215,15 @@ def test_a_bad_bank_is_refused_by_the_name_of_its_file(tmp_path, snippets, freq,
             torch.save(value, tmp_path / name)
     with pytest.raises(ValueError, match=message):
         MemoryBank.load(tmp_path)
+
+
+def test_another_file_of_a_bank_in_its_place_says_which_to_pass(tmp_path):
+    bank_of([1, 2, 3]).save(tmp_path / "bank.pth")
+    message = r"bank\.freq: expected one float tensor \(K, F\), got list; pass the bank's folder, or its bank\.pth$"
+    with pytest.raises(ValueError, match=message):
+        MemoryBank.load(tmp_path / "bank.freq")
+    with pytest.raises(ValueError, match=r"^snippets: expected one float tensor \(K, F\), got list$"):
+        MemoryBank([1, 2, 3], [1, 2, 3])
 
 
 def test_rows_alone_are_no_bank_and_become_one_as_the_message_says(tmp_path):

@@ -272,6 +272,15 @@ def test_a_foreign_or_damaged_bank_is_not_overwritten(store, tmp_path):
         main(command(store, tmp_path, "--k", 5, "--passes", 1))
 
 
+def test_a_bank_does_not_go_into_its_store(store, capsys):
+    before = sorted(store.rglob("*"))
+    for out in (store, store / "features" / ".."):
+        with pytest.raises(SystemExit):
+            main(command(store, out, "--k", 5))
+        assert f"--out {out} is the folder of the store: expected one of the bank's own" in capsys.readouterr().err
+    assert sorted(store.rglob("*")) == before
+
+
 @pytest.mark.parametrize("flags", [("--k", "0"), ("--k", "many"), ("--passes", "-1"), ("--seed", "-1")])
 def test_bad_flags_are_named(store, tmp_path, flags, capsys):
     with pytest.raises(SystemExit):

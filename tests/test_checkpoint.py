@@ -70,6 +70,16 @@ def test_a_run_gives_its_latest_state(saved):
             find_checkpoint(path.parent / name)
 
 
+def test_what_is_there_instead_of_a_checkpoint_is_named(saved):
+    path, checkpoint, _ = saved
+    torch.save(checkpoint, path.with_name("0000003.pt"))
+    with pytest.raises(ValueError, match=rf"\({path.parent} has 0000003\.pt, 0000007\.pt\); give the --out"):
+        find_checkpoint(path.with_name("0000005.pt"))
+    runs = path.parents[2]
+    with pytest.raises(ValueError, match=rf"checkpoint {runs}: .*\(a folder of runs: name one of run\); give"):
+        find_checkpoint(runs)
+
+
 def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
     path, checkpoint, _ = saved
     bank = checkpoint["bank"]["path"]
@@ -101,6 +111,23 @@ def test_a_bank_is_named_checked_and_replaceable(saved, tmp_path):
     change(path, checkpoint, bank=None)
     with pytest.raises(ValueError, match="names no memory bank"):
         load_model(path)
+
+
+def test_a_bank_of_another_store_is_warned_of(saved, tmp_path, recwarn):
+    """Not the checkpoint's own, and not one, or a checkpoint, that says nothing of its store."""
+    path, checkpoint, _ = saved
+    other = tmp_path / "other" / "bank.pth"
+    for meta in ({}, {"store_fingerprint": "f", "store": "data/toy"}):
+        MemoryBank(torch.randn(5, 12), [1] * 5, meta=meta).save(other)
+        load_model(path, bank=other)
+    MemoryBank(torch.randn(5, 12), [1] * 5, meta={"store_fingerprint": "g", "store": "data/new"}).save(other)
+    change(path, checkpoint, store=None)
+    load_model(path, bank=other)
+    assert not recwarn.list
+    change(path, checkpoint)
+    stores = "data/new, than the checkpoint was trained on, data/toy"
+    with pytest.warns(UserWarning, match=f"--bank {other} was built from another store, {stores}: its snippets are of"):
+        load_model(path, bank=other)
 
 
 def test_weights_of_another_network_are_listed(saved):
@@ -147,11 +174,11 @@ def test_init_takes_what_fits(saved):
         init_weights(torch.nn.Linear(2, 2), path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b'{"args": {}}', b"PK\x03\x04 half a zip"])
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "0000001.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as a torch"):
+    with pytest.raises(ValueError, match=r"cannot be read as a torch.*; give a run's folder or one of its checkp"):
         read_checkpoint(path)
 
 

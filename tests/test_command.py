@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -75,6 +76,16 @@ def test_a_named_error_is_one_line(main, message, capsys):
 def test_a_mistake_of_ours_keeps_its_traceback(main):
     with pytest.raises((ValueError, KeyError)):
         command.execute(main)
+
+
+def test_a_warning_of_ours_is_a_plain_line(monkeypatch):
+    """And that of a library says where it comes from, as in Python."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    command.execute(lambda: None)
+    assert warnings.formatwarning("--bank b: another", UserWarning, __file__, 3) == "warning: --bank b: another\n"
+    for category, file in ((UserWarning, torch.__file__), (DeprecationWarning, __file__)):
+        said = warnings.formatwarning("old", category, file, 3, "code")
+        assert said == f"{file}:3: {category.__name__}: old\n  code\n"
 
 
 def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import pickle
+import re
 import shutil
 import threading
 from collections import namedtuple
@@ -192,6 +193,14 @@ def test_damaged_fields_of_the_description_are_named(store, key, value, message)
     (store / "meta.json").write_text(json.dumps(meta | {key: value}))
     with pytest.raises(ValueError, match=rf"meta\.json: {message}"):
         LatentDataset(store)
+
+
+def test_a_folder_of_images_is_told_from_a_store(tmp_path):
+    (tmp_path / "0.png").touch()
+    made = f"`python -m scripts.encode_dataset {tmp_path} --out data/NAME …` makes a store of the images in it"
+    message = f"{tmp_path} is a folder, but no store: it has no meta.json; {made}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        LatentDataset(tmp_path)
 
 
 def test_an_assignment_of_another_store_is_refused(store):

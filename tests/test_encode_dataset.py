@@ -129,6 +129,16 @@ def test_idx_images_stay_grey_and_get_a_frame(tmp_path):
     assert (data.meta["image_channels"], data.meta["num_classes"], data.meta["class_names"]) == (1, 9, None)
 
 
+def test_small_images_that_are_enlarged_are_warned_of_once(folder, weights, tmp_path, capsys):
+    """Those of 30×24 where the side of the store's is more than twice as long; not by --add, which cannot choose."""
+    told = "warning: images are 30×24 and are enlarged to --image-size 64; --image-size 32 would be cheaper\n"
+    for size in (64, 60):
+        run(folder, tmp_path / f"{size}", size=size)
+        assert capsys.readouterr().out.count(told) == (size == 64)
+    run(folder, tmp_path / "64", "--add", TINY, "--encoder-weights", weights, codec=None)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_holdout_is_the_rest_and_does_not_depend_on_other_images(folder, tmp_path):
     run(folder, tmp_path / "s", "--holdout", 0.3)
     run(folder, tmp_path / "all")
@@ -611,7 +621,8 @@ def test_reserved_files_have_their_blocks(tmp_path):
         (("--add", TINY, "--upright", "--precision", "fp32"), "leave out --upright, --precision"),
         (("--codec", "pixels", "--patches"), "need --encoder"),
         (("--codec", "pixels", "--batch-size", "0"), "must be at least 1"),
-        (("--codec", "pixels", "--holdout", "1"), "--holdout is 1.0, expected a fraction"),
+        (("--codec", "pixels", "--holdout", "1"), "--holdout 1: expected a fraction of at least 0 and"),
+        (("--codec", "pixels", "--holdout", "-0.1"), "-0.1: expected a fraction of at least 0 and below 1, as 0.05"),
     ],
 )
 def test_bad_flags_are_refused(folder, tmp_path, capsys, flags, message):

@@ -471,7 +471,7 @@ def test_what_a_wrong_file_is_taken_for(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as error:
         load_model(tmp_path / "a.pt")
     assert str(tmp_path / "a.pt") in str(error.value)
-    assert len(str(error.value).splitlines()) < 30
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -676,9 +676,8 @@ def test_other_safetensors_are_state_dicts(tmp_path):
     expected, loaded = (load_model(tmp_path / name)[0].state_dict() for name in ("a.pt", "a.safetensors"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
     export.save_file({"quant_conv.weight": torch.zeros(8, 8, 1, 1)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        ValueError, match=r"a VAE: pass it as(.|\n)*missing     x_embedder(.|\n)*unexpected  quant_conv"
-    ):
+    taken_for = r"a VAE: pass it as --codec, as a folder in diffusers' format"
+    with pytest.raises(ValueError, match=rf"a\.safetensors is, by its tensors, {taken_for}$"):
         load_model(tmp_path / "a.safetensors")
     export.save_file({}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="a dictionary of nothing"):

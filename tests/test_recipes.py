@@ -262,12 +262,28 @@ def test_without_weights_or_images_the_recipes_say_what_to_get(root, environment
         assert "fetch.sh" not in said
     said = bash(root, environment, "evaluate.sh", tmp_path, "--quick", status=2, REF="ref.npz")
     assert said == f"{tmp_path} is no run of train.py: it has no config.json\n"
+    there, none = tmp_path, tmp_path / "no such"
+    for place, name in enumerate(("STORE", "BANK", "SAMPLES", "REF")):
+        paths = [none if place == number else there for number in range(4)]
+        said = bash(root, environment, "evaluate.sh", *paths, tmp_path / "page", status=2)
+        assert said == f"{name} {none} is not there: expected an existing path, absolute or from {root}\n"
+    assert not (tmp_path / "page").exists()
     assert "IMAGENET is not set: name the images" in bash(root, environment, "encode-imagenet.sh", status=2)
     assert "HEAD is not set: with NODES=2 it" in bash(root, environment, "train-sit-xl.sh", status=2, NODES=2)
     for recipe in ((), ("scripts/train-sit-xl.sh",)):  # none named; not by sbatch
         said = bash(root, environment, "slurm.sh", *recipe, status=2)
         assert said == "expected sbatch and a recipe: sbatch scripts/slurm.sh scripts/train-gmem-xl.sh\n"
     assert "own-photos.sh FOLDER" in bash(root, environment, "own-photos.sh", status=2)
+
+
+@pytest.mark.parametrize("name", ["demo.sh", "fashion-mnist.sh", "own-photos.sh"])
+def test_a_flag_where_a_folder_is_expected_shows_the_head(root, name, tmp_path):
+    """And makes no folder of that name."""
+    words = ["bash", root / "scripts" / name, "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    head = (root / "scripts" / name).read_text().split("\nset ")[0].split("\n", 1)[1]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head.splitlines()]
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (2, "", [])
 
 
 WRONG = ["train-gmem-xl SIZE=abc", "train-gmem-b BATCH=0", "train-sit-xl MICRO_BATCH=1e3", "encode-imagenet VIEWS=0"]
@@ -290,6 +306,8 @@ def test_own_photos_stops_early_where_there_are_too_few(root, tmp_path):
     commands = programs(tmp_path / "bin", "/bin/sh", python='echo "$@" >>"$WORDS"')
     shell = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "VIRTUAL_ENV": "x", "NPROC": "1"}
     shell |= {"WORDS": str(tmp_path / "words"), "OUT": str(tmp_path)}
+    for made in ("bank", "samples/30000-steps"):  # which evaluate.sh looks for
+        (tmp_path / made).mkdir(parents=True)
     for images, held, status in ((9, 40, 2), (120, 3, 2), (120, 4, 0)):
         for name, rows in (("photos", images), ("photos-holdout", held)):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)

@@ -270,6 +270,16 @@ def test_a_full_disk_stops_the_run_and_the_same_command_continues(folder, run, t
     assert almost_equal(pixels(tmp_path), pixels(run))
 
 
+def test_images_beyond_any_disk_are_refused_before_memory_is_taken_for_them(folder, run, tmp_path):
+    """In a new folder, and in one that would grow; both stay as they were."""
+    before = (run / "samples.json").read_bytes()
+    for out in (tmp_path / "new", run):
+        with pytest.raises(ValueError, match=rf"--out {out}: up to [\d.]+ GB are needed .* or fewer --num-images"):
+            main(command(folder, out, n=10**15))
+    assert (run / "samples.json").read_bytes() == before
+    assert not list((tmp_path / "new").glob("*"))
+
+
 def test_a_batch_too_large_for_the_gpu_names_the_flag(folder, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -172,6 +172,21 @@ def test_six_steps_equal_three_and_three(folder, whole):
     assert all(part["code"] and part["versions"] and part["device"] for part in runs)
 
 
+def test_a_run_and_its_continuation_begin_by_saying_what_they_train(folder, capsys):
+    """As --dry-run says it, of the run as a whole."""
+    batch = "8 = 1 processes × 4 micro-batches × 2 images"
+    told = f"images 24, that is 0.6 epochs of the store's {IMAGES}; batch {batch}\n"
+    for steps in (2, 3):
+        words = command(folder, folder / "told", "--steps", steps, "--save-every", 2, "--micro-batch", 2)
+        if steps == 3:
+            train.main([*words, "--dry-run"])
+            assert f"\nbatch             {batch}\n" in capsys.readouterr().out
+        train.main(words)
+        said = capsys.readouterr().out
+        assert re.search(rf"^(continuing.*\n)?parameters [\d,]+; images {8 * steps}, that is ", said)
+    assert told in said
+
+
 def test_a_killed_run_repeats_its_lost_steps(folder, whole):
     train.main(command(folder, folder / "killed", "--steps", 5))
     out = folder / "killed"
@@ -320,7 +335,7 @@ def test_a_rerun_with_another_result_stops_and_says_why(folder, whole):
     with pytest.raises(ValueError, match=r"lr: the run has 0.001, this command 0.002"):
         train.main([*command(folder, whole, "--steps", 8), "--lr", "0.002"])
     other = write_store(folder / "other-store", seed=5)
-    with pytest.raises(ValueError, match=r"fingerprint: the run has 0-False-40, this command 5-False-40"):
+    with pytest.raises(ValueError, match=r"store fingerprint: the run has 0-False-40, this command 5-False-40"):
         train.main(
             [*command(folder, whole, "--steps", 8), "--store", str(other), "--holdout", str(folder / "store-holdout")]
         )
@@ -330,7 +345,7 @@ def test_another_frequency_file_is_another_run(folder, whole):
     copy = folder / "edited-bank"
     shutil.copytree(folder / "bank", copy)
     torch.save([2] * CLUSTERS, copy / "bank.freq")
-    with pytest.raises(ValueError, match="freq-sha256: the run has"):
+    with pytest.raises(ValueError, match=r"\n  bank freq-sha256: the run has [0-9a-f]{12}, this command [0-9a-f]{12}$"):
         train.main([*command(folder, whole, "--steps", 8), "--bank", str(copy)])
 
 
@@ -762,7 +777,11 @@ def test_replayed_inputs_keep_their_structure():
     [
         (["--store", "nowhere"], "--store: nowhere/meta.json does not exist; `python -m scripts.enc"),
         (["--batch-size", "9", "--micro-batch", "4"], "does not divide the 9 images of a process; 3 does"),
-        (["--align-coeff", "0.5"], "needs patch tokens"),
+        (["--align-coeff", "0.5"], "needs patch tokens: .* for no encoder and no --align-encoder is named; encode"),
+        (
+            ["--align-coeff", "0.5", "--align-encoder", "toy"],
+            "^--align-encoder toy: the store .*store has no images: encode it with --keep-images, or leave out --al",
+        ),
         (["--encoder", "other"], "made by encoder toy"),
         (["--init", "nowhere.pt"], "--init: nowhere.pt does not exist; give the --out of train.py"),
         (["--align-coeff", "1", "--align-encoder-weights", "no.pt"], "weights: no.pt does not exist; give a file"),
@@ -778,8 +797,14 @@ def test_data_that_cannot_work_stops_before_they_start(folder, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE"),
-        (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE"),
+        (["--resume", "runs/0000003.pt"], "error: --resume is not needed: the same command continues"),
+        (["--model-options", "depth=3"], "depth=3: expected NAME=VALUE with one of snippet_dropout, "),
+        (["--model-options", "num_classes=3"], "num_classes=3: expected NAME=VALUE with one of snippet_dropout, "),
+        (["--model-options", "qk_norm=True"], "qk_norm=True: expected NAME=VALUE with true or false, as qk_norm=false"),
+        (["--model-options", "qk_norm=0.3"], "qk_norm=0.3: expected NAME=VALUE with true or false"),
+        (["--model-options", "align_depth=2.5"], "=2.5: expected NAME=VALUE with a whole number, as align_depth=8"),
+        (["--model-options", "snippet_scale=true"], "=true: expected NAME=VALUE with a number, as snippet_scale=1.0"),
+        (["--model-options", "snippet_scale="], "snippet_scale=: expected NAME=VALUE with a number"),
         (["--seed", "-1"], "--seed -1: expected at least 0"),
         (["--micro-batch", "0"], "--micro-batch 0: expected at least 1"),
         (["--align-encoder", "toy"], "not read without --align-coeff"),
@@ -797,12 +822,31 @@ def test_flags_that_cannot_work_are_refused(folder, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_bank_is_called_so(folder, capsys):
+    """In the user's words: neither --condition nor --snippet-from need have been typed."""
+    words = command(folder, folder / "never")
+    del words[2:4]
+    with pytest.raises(SystemExit):
+        train.parse(words)
+    made = f"`python -m memory.build_bank --store {folder / 'store'} --out banks/NAME` makes one"
+    assert f"--bank is missing: {made}; --condition none trains without\n" in capsys.readouterr().err
+
+
+def test_model_options_are_of_the_kinds_that_the_network_takes():
+    pairs = "snippet_scale=6", "null_dropout=.1", "align_depth=3", "qk_norm=true", "snippet_dropout_at=snippet"
+    options = train.model_options(pairs)
+    assert list(options.values()) == [6.0, 0.1, 3, True, "snippet"]
+    assert [type(value) for value in options.values()] == [float, float, int, bool, str]
+    assert train.model_options(["qk_norm=false"]) == {"qk_norm": False}
+
+
 def test_stores_that_lack_what_the_run_needs(folder):
     bare = write_store(folder / "bare", seed=2)
     meta = json.loads((bare / "meta.json").read_text())
     words = command(folder, folder / "never", "--holdout", bare)
     write_json(bare / "meta.json", meta | {"num_classes": None})
-    with pytest.raises(ValueError, match="bare has no labels"):
+    remedy = "encode images in one folder per class, or choose another --condition"
+    with pytest.raises(ValueError, match=rf"^--condition label\+snippet: the store .*bare has no labels; {remedy}$"):
         train.main([*words, "--condition", "label+snippet"])
     write_json(bare / "meta.json", meta | {"encoders": {}})
     adding = rf"`python -m scripts.encode_dataset SOURCE --out {bare} --add toy`"
