@@ -16,7 +16,7 @@ def missing(args: argparse.Namespace) -> list[str]:
     """What the command names that is not there, a line each."""
     lines, begun = [], any(Path(args.out, "checkpoints").glob("*.pt"))
     for flag, remedy in REMEDIES.items():
-        path = getattr(args, flag) and Path(getattr(args, flag), "meta.json" if flag in ("store", "holdout") else "")
+        path = getattr(args, flag) and Path(getattr(args, flag))  # what a folder is that is no store, its reader says
         if flag == "init" and (begun or (args.init or "").startswith("hf:")):
             continue  # it has served, or is looked for on the hub
         if path and not path.exists():

@@ -665,6 +665,14 @@ def test_dry_run_estimates_the_memory_that_was_measured(folder, capsys, root):
         assert sum(map(float, re.findall(r"([\d.]+) GB", line))) == pytest.approx(row["peak_gb"], rel=0.03)
 
 
+def test_a_folder_of_images_is_no_store(folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").touch()
+    for flag in ("--store", "--holdout"):
+        with pytest.raises(ValueError, match=r"images is a folder, but no store: it has no meta\.json"):
+            train.main([*command(folder, tmp_path / "run"), flag, str(tmp_path / "images")])
+
+
 def test_dry_run_before_the_data_exists(folder, capsys):
     with pytest.raises(SystemExit, match=r"(?s)missing.*--store: .*nowhere"):
         train.main(
