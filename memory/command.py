@@ -16,7 +16,7 @@ REFUSED, INTERRUPTED = 2, 130  # exit statuses: 2 is argparse's, too
 RAISE = dis.opmap["RAISE_VARARGS"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 KEPT = 2**31 - 1  # bytes at the end of the heap, the most that mallopt takes
-PYTHON_WARNING = warnings.formatwarning
+PYTHONS_WARNING = warnings.formatwarning
 GRACE = 5.0  # seconds that processes beside the first one leave it to say what all of them have met
 
 
@@ -35,7 +35,7 @@ def execute(main: Callable[[], object]) -> None:
     while they wait. An error of one of them alone names that process. The launcher's own report repeats the line.
     """
     keep_freed_memory()
-    warnings.formatwarning = plain_warning
+    usual, warnings.formatwarning = warnings.formatwarning, plain_warning
     try:
         main()
     except KeyboardInterrupt:
@@ -51,13 +51,15 @@ def execute(main: Callable[[], object]) -> None:
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
         sys.exit(REFUSED)
+    finally:
+        warnings.formatwarning = usual
 
 
 def plain_warning(message: Warning | str, category: type[Warning], file: str, *place: object) -> str:
     """A warning of ours as a line to the user, without its place in the code; another's as Python writes it."""
     if category is UserWarning and ours(file):
         return f"warning: {message}\n"
-    return PYTHON_WARNING(message, category, file, *place)
+    return PYTHONS_WARNING(message, category, file, *place)
 
 
 def keep_freed_memory() -> None:

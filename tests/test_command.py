@@ -78,14 +78,22 @@ def test_a_mistake_of_ours_keeps_its_traceback(main):
         command.execute(main)
 
 
-def test_a_warning_of_ours_is_a_plain_line(monkeypatch):
-    """And that of a library says where it comes from, as in Python."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    command.execute(lambda: None)
-    assert warnings.formatwarning("--bank b: another", UserWarning, __file__, 3) == "warning: --bank b: another\n"
-    for category, file in ((UserWarning, torch.__file__), (DeprecationWarning, __file__)):
-        said = warnings.formatwarning("old", category, file, 3, "code")
-        assert said == f"{file}:3: {category.__name__}: old\n  code\n"
+def test_a_warning_of_ours_is_a_plain_line():
+    """And that of a library says where it comes from, as in Python, as does every one once the command has ended."""
+    usual, said = warnings.formatwarning, []
+
+    def main():
+        said.append(warnings.formatwarning("--bank b: another", UserWarning, __file__, 3))
+        for category, file in ((UserWarning, torch.__file__), (DeprecationWarning, __file__)):
+            said.append(warnings.formatwarning("old", category, file, 3, "code"))
+
+    command.execute(main)
+    assert said == [
+        "warning: --bank b: another\n",
+        f"{torch.__file__}:3: UserWarning: old\n  code\n",
+        f"{__file__}:3: DeprecationWarning: old\n  code\n",
+    ]
+    assert warnings.formatwarning is usual
 
 
 def test_libraries_in_an_environment_inside_the_repository_are_not_ours(monkeypatch):
@@ -181,7 +189,7 @@ def test_under_torchrun_one_process_speaks_and_the_report_ends_with_its_line(roo
     words += ["train.py", "--store", "nowhere", "--out", tmp_path / "run", "--condition", "none", "--model", "SiT-Ti/2"]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1  # torchrun's
-    line = "error: --store: nowhere/meta.json does not exist; `python -m scripts.encode_dataset` makes it"
+    line = "error: --store: nowhere does not exist; `python -m scripts.encode_dataset` makes it"
     lines = done.stderr.splitlines()
     assert lines.count(line) == 1
     assert lines[-2].strip() == f"traceback : {line}"

@@ -327,7 +327,7 @@ def test_own_photos_stops_early_where_there_are_too_few(root, tmp_path):
 def test_a_dry_run_tells_what_is_missing(root, environment, tmp_path):
     said = bash(root, environment, "train-gmem-b.sh", "--dry-run", status=1, STORE=tmp_path / "s", BANK=tmp_path / "b")
     assert "memory a process  2.8" in said
-    assert f"--store: {tmp_path}/s/meta.json does not exist" in said
+    assert f"--store: {tmp_path}/s does not exist" in said
 
 
 @pytest.fixture(scope="module")

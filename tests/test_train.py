@@ -783,7 +783,7 @@ def test_replayed_inputs_keep_their_structure():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--store", "nowhere"], "--store: nowhere/meta.json does not exist; `python -m scripts.enc"),
+        (["--store", "nowhere"], "--store: nowhere does not exist; `python -m scripts.enc"),
         (["--batch-size", "9", "--micro-batch", "4"], "does not divide the 9 images of a process; 3 does"),
         (["--align-coeff", "0.5"], "needs patch tokens: .* for no encoder and no --align-encoder is named; encode"),
         (
