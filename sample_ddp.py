@@ -139,7 +139,6 @@ class Generator:
             )
         bank = False if vectors else args.bank
         self.model, self.config, self.bank = load_model(args.checkpoint, args.weights, device, bank)
-        self.reads = self.model.reads  # "label", "snippet" or both
         self._check_snippets()
         self._check_labels()
         self.interpolant = self.config["args"]["interpolant"]
@@ -163,7 +162,7 @@ class Generator:
 
     def _check_snippets(self) -> None:
         args, entries, dim = self.args, self.entries, self.model.config["snippet_dim"]
-        if "snippet" not in self.reads and (args.bank or args.snippets != "noise"):
+        if "snippet" not in self.model.reads and (args.bank or args.snippets != "noise"):
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --snippets {args.snippets} and --bank")
         if entries is not None and entries.ndim == 2 and entries.shape[1] != dim:
@@ -179,7 +178,7 @@ class Generator:
 
     def _check_labels(self) -> None:
         labels, classes = self.labels, self.model.config["num_classes"]
-        if "label" not in self.reads and self.args.labels != "random":
+        if "label" not in self.model.reads and self.args.labels != "random":
             kind = self.model.condition
             raise ValueError(f"the checkpoint's condition is {kind!r}: leave out --labels {self.args.labels}")
         if labels is not None and (labels.ndim == 2 or not 0 <= labels.min() <= labels.max() < classes):
@@ -188,7 +187,7 @@ class Generator:
     def _load_guide(self) -> tuple[SiT | None, str | None]:
         """The network that predicts the weaker velocity and its hash: this one given the null, or another."""
         path, model = self.args.guide, self.model
-        null = model.null_dropout > 0 or (self.reads == ("label",) and model.config["label_dropout"] > 0)
+        null = model.null_dropout > 0 or (self.model.reads == ("label",) and model.config["label_dropout"] > 0)
         if path == "null" and not null:
             raise ValueError(
                 f"--guide null: the checkpoint's condition {model.condition!r} was trained without a null; train with "
@@ -199,7 +198,7 @@ class Generator:
         guide, config, _ = load_model(path, self.args.weights, self.device, bank=False)
         facts = [("latent shape", guide.latent_shape, model.latent_shape)]
         facts += [("interpolant", config["args"]["interpolant"], self.interpolant)]
-        facts += [("condition", kind, model.condition) for kind in guide.reads if kind not in self.reads]
+        facts += [("condition", kind, model.condition) for kind in guide.reads if kind not in self.model.reads]
         if "snippet" in guide.reads:
             facts += [("encoder", config["encoder"], self.config["encoder"])]
         options = [{"snippet": "snippet_dim", "label": "num_classes"}[kind] for kind in guide.reads]
@@ -235,8 +234,8 @@ class Generator:
             "condition": self.model.condition,
             "encoder": self.config["encoder"],
             "bank": bank and (hashes or {"checkpoint": self.config["checkpoint"]["sha256"]}),
-            "snippets": snippets if "snippet" in self.reads else None,
-            "labels": labels if "label" in self.reads else None,
+            "snippets": snippets if "snippet" in self.model.reads else None,
+            "labels": labels if "label" in self.model.reads else None,
             "evaluations": count_evaluations(args.sampler, args.steps),
             "last_step": args.last_step if args.sampler in sde_samplers else None,
             "interpolant": self.interpolant,
@@ -248,13 +247,13 @@ class Generator:
     def labels_and_snippets(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What is read of "label" (B,) and "snippet" (B, F), for images (B,) that start from noise z (B, C, H, W)."""
         args, given = self.args, {}
-        if "label" in self.reads:
+        if "label" in self.model.reads:
             if self.labels is None:
                 labels = label_rules[args.labels](args.seed, images, self.model.config["num_classes"])  # (B,)
             else:
                 labels = self.labels[images % len(self.labels)]  # (B,)
             given["label"] = labels.to(self.device)
-        if "snippet" in self.reads:
+        if "snippet" in self.model.reads:
             if self.entries is None:
                 u = uniform(args.seed, images, SNIPPET_DRAW)  # (B,)
                 chosen = snippet_rules[args.snippets](self.bank, z, u)  # (B,)
